@@ -1,0 +1,1 @@
+"""Files <-> tensors. Knows safetensors, shards and shapes; knows no architecture."""

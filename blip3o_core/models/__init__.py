@@ -1,0 +1,1 @@
+"""Networks: tensors in, tensors out. One architecture a file, its configuration on top."""

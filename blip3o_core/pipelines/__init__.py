@@ -1,0 +1,1 @@
+"""Plain values in, pictures out: the stages of the model put together."""

@@ -1,0 +1,304 @@
+"""Blip3oPipeline: prompt -> query states -> CLIP embedding -> picture, each stage callable by itself.
+
+B batch, Q = 64 queries, H width of the backbone, C width of a CLIP embedding (1792 at full size).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoint.load import OnLoad
+from ..errors import Blip3oError, InputError
+from ..models.nextdit import Condition, NextDiT
+from ..models.qwen2_5_vl import QueryEncoder
+from ..models.sdxl import SdxlDecoder
+from ..prompts import NULL_PROMPT, PromptTokenizer
+from ..runtime import resolve_device, resolve_dtype
+from ..sampling.flow_matching import SOLVERS, flow_sigmas, flow_timestep, require_solver
+from ..sampling.noise import seeded_noise
+from ..variants.blip3o import Blip3oCheckpoint
+from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
+
+EMBEDDING_GRID = 8  # an embedding is 8 x 8 tokens
+OUTPUT_TYPES = ("pil", "pt", "latent")
+NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed
+MAX_DECODER_STEPS = 999
+MIN_SIDE, MAX_SIDE = 64, 4096
+
+OnStep = Callable[[str, int, int], None]
+"""(stage, steps done, steps in all), called after every step; raise in it to cancel."""
+
+
+class Blip3oPipeline:
+    """One checkpoint, opened and checked; every network is loaded when it is first needed and then kept."""
+
+    def __init__(
+        self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *,
+        device: torch.device, dtype: torch.dtype, on_load: OnLoad | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint = checkpoint
+        self.decoder_checkpoint = decoder_checkpoint
+        self.device = device
+        self.dtype = dtype
+        self._on_load = on_load
+        self._query_encoder: QueryEncoder | None = None
+        self._dit: NextDiT | None = None
+        self._decoder: SdxlDecoder | None = None
+        self._null_embeddings: dict[tuple, Tensor] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+        decoder: str | Path | None = None, *, on_load: OnLoad | None = None,
+    ) -> "Blip3oPipeline":  # fmt: skip
+        """Opens a checkpoint folder of the published layout. Only local files are read.
+
+        Args:
+            path: folder with config.json, tokenizer and `model*.safetensors`.
+            device: None or "auto" takes an accelerator if there is one.
+            dtype: None or "auto" is float32 on the CPU and bfloat16 elsewhere.
+            decoder: another folder with unet/, vae/, scheduler/; None takes `diffusion-decoder/` of `path` if it exists.
+            on_load: (component, bytes read, bytes in all) while weights are loaded.
+        Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings.
+        """
+        device = resolve_device(device)
+        checkpoint = Blip3oCheckpoint.open(path)
+        checkpoint.tokenizer  # noqa: B018 -- a folder without tokenizer fails here, not after minutes of loading
+        decoder_checkpoint = None
+        if decoder is not None or find_sdxl_decoder(checkpoint.folder) is not None:
+            decoder_checkpoint = SdxlDecoderCheckpoint.open(decoder if decoder is not None else checkpoint.folder)
+            if decoder_checkpoint.embedding_width != checkpoint.dit_config.in_channels:
+                raise InputError(f"{decoder_checkpoint.folder}: this decoder reads embeddings of width "
+                                 f"{decoder_checkpoint.embedding_width}, {checkpoint.folder} makes width "
+                                 f"{checkpoint.dit_config.in_channels}. Use the decoder of the same family.")
+        return cls(checkpoint, decoder_checkpoint, device=device, dtype=resolve_dtype(dtype, device), on_load=on_load)
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """The checkpoint's tokenizer, which keeps user text apart from special tokens."""
+        return self.checkpoint.tokenizer
+
+    @property
+    def query_encoder(self) -> QueryEncoder:
+        """Language backbone and learned queries."""
+        if self._query_encoder is None:
+            self._query_encoder = self.checkpoint.load_query_encoder(
+                dtype=self.dtype, device=self.device, on_load=self._on_load
+            )
+        return self._query_encoder
+
+    @property
+    def dit(self) -> NextDiT:
+        """The diffusion transformer: `dit(x (B, C, 8, 8), timestep (B,) in 0..1000, q (B, Q, H))` -> velocity."""
+        if self._dit is None:
+            self._dit = self.checkpoint.load_dit(dtype=self.dtype, device=self.device, on_load=self._on_load)
+        return self._dit
+
+    @property
+    def decoder(self) -> SdxlDecoder:
+        """UNet, VAE and schedule. Raises CheckpointError if the folder came without a decoder."""
+        if self._decoder is None:
+            if self.decoder_checkpoint is None:
+                SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
+            self._decoder = self.decoder_checkpoint.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
+        return self._decoder
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompts: Sequence[str] | str, *, template: bool = True) -> Tensor:
+        """Prompts -> query states (B, Q, H) in the dtype of the pipeline; a batch gives the same rows as single runs.
+
+        Args:
+            template: put each prompt in the generation frame of the reference; False takes raw text (the null prompt).
+        Raises: InputError for an empty or too long prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise InputError("no prompt was given. Pass at least one.")
+        rows = self._prompt_ids(prompts, template=template)
+        return self._finite(self.query_encoder(rows), "query states")
+
+    @torch.inference_mode()
+    def sample_embeddings(
+        self, q: Tensor, *, steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", shift: float = 1.0,
+        truncate_timesteps: bool | None = None, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
+        on_step: OnStep | None = None, stage: str = "embedding",
+    ) -> Tensor:  # fmt: skip
+        """Query states (B, Q, H) -> CLIP embeddings (B, C, 8, 8) float32.
+
+        Args:
+            guidance_scale: 1 is no guidance; above, the null branch (zeros in place of q) runs too.
+            solver: "euler" (the reference), "ab2" (second order, same cost) or "heun" (second order, twice the cost).
+            shift: of the schedule; 1.0 in the reference.
+            truncate_timesteps: integer timesteps as in the reference. None: for euler yes, else no, since a higher order
+                is lost on a velocity that is rounded in time.
+            noise: (B, C, 8, 8) start noise; None draws it from `seeds`, one per row (default 0, 1, 2, ...).
+        Raises: InputError for values out of range, before anything is computed.
+        """
+        require_solver(solver)
+        _require_guidance(guidance_scale)
+        sigmas = flow_sigmas(steps, shift)
+        if q.ndim != 3 or q.shape[-1] != self.checkpoint.dit_config.context_dim:
+            raise InputError(f"query states have shape {tuple(q.shape)}, expected (batch, queries, "
+                             f"{self.checkpoint.dit_config.context_dim}) as from encode_prompt.")
+        x = self._start_noise(noise, seeds, (len(q), self.checkpoint.dit_config.in_channels, EMBEDDING_GRID, EMBEDDING_GRID))
+        truncate = solver == "euler" if truncate_timesteps is None else truncate_timesteps
+        velocity = self._guided_velocity(q.to(self.device, self.dtype), guidance_scale, truncate)
+        watch = None if on_step is None else lambda done, total, _: on_step(stage, done, total)
+        return self._finite(SOLVERS[solver](velocity, x, sigmas, watch), "embedding")
+
+    @torch.inference_mode()
+    def null_embedding(
+        self, *, seed: int = NULL_SEED, steps: int = NULL_STEPS, guidance_scale: float = NULL_GUIDANCE,
+        on_step: OnStep | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Embedding of the null prompt (1, C, 8, 8): what the decoder is guided away from. Computed once per argument set."""
+        key = (seed, steps, guidance_scale)
+        if key not in self._null_embeddings:
+            self._null_embeddings[key] = self.sample_embeddings(
+                self.encode_prompt([NULL_PROMPT], template=False), steps=steps, guidance_scale=guidance_scale, seeds=[seed],
+                on_step=on_step, stage="null embedding",
+            )  # fmt: skip
+        return self._null_embeddings[key]
+
+    @torch.inference_mode()
+    def decode_embeddings(
+        self, z: Tensor, *, negative: Tensor | str | None = None, steps: int = 50, guidance_scale: float = 3.0,
+        width: int = 1024, height: int = 1024, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
+        output_type: str = "pil", on_step: OnStep | None = None,
+    ) -> list[Image.Image] | Tensor:  # fmt: skip
+        """CLIP embeddings -> pictures.
+
+        Args:
+            z: (B, C, 8, 8), or tokens (B, 64, C).
+            negative: an embedding of the same form (one, or one per picture), "null_prompt" (the reference: see
+                `null_embedding`; also None) or "zeros". Not used for guidance_scale <= 1.
+            width, height: pixels, multiples of the VAE factor (8).
+            noise: (B, 4, height / 8, width / 8); None draws it from `seeds`, one per picture (default 0, 1, 2, ...).
+            output_type: "pil" (list of images), "pt" (B, 3, height, width) in 0..1, or "latent" (B, 4, ...) before the VAE.
+        Raises: InputError for values out of range, CheckpointError if there is no decoder, before anything is computed.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
+        self._require_decoding_arguments(steps, guidance_scale, width, height)
+        tokens = self._tokens(z)
+        factor = self.decoder_checkpoint.factor
+        start = self._start_noise(noise, seeds, (len(tokens), 4, height // factor, width // factor))
+        if guidance_scale <= 1:
+            negative_tokens = None
+        elif negative is None or (isinstance(negative, str) and negative == "null_prompt"):
+            negative_tokens = self._tokens(self.null_embedding(on_step=on_step))
+        elif isinstance(negative, str) and negative == "zeros":
+            negative_tokens = torch.zeros_like(tokens[:1])
+        elif isinstance(negative, Tensor):
+            negative_tokens = self._tokens(negative)
+        else:
+            raise InputError(f'negative is {negative!r:.40}; pass an embedding, "null_prompt" or "zeros".')
+        if negative_tokens is not None:
+            if len(negative_tokens) not in (1, len(tokens)):
+                raise InputError(f"negative holds {len(negative_tokens)} embeddings for {len(tokens)} pictures; pass 1 or as many.")
+            negative_tokens = negative_tokens.expand(len(tokens), -1, -1)
+        watch = None if on_step is None else lambda done, total, _: on_step("picture", done, total)
+        latents = self.decoder.sample_latents(
+            tokens, negative_tokens, start, steps=steps, guidance_scale=guidance_scale, width=width, height=height, on_step=watch
+        )
+        self._finite(latents, "latents")
+        if output_type == "latent":
+            return latents
+        pixels = self._finite(self.decoder.decode_latents(latents), "picture")
+        return pixels if output_type == "pt" else to_pil(pixels)
+
+    def generate(
+        self, prompts: Sequence[str] | str, *, seeds: Sequence[int] | None = None, width: int = 1024, height: int = 1024,
+        steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", decoder_steps: int = 50,
+        decoder_guidance_scale: float = 3.0, negative: Tensor | str | None = None, template: bool = True,
+        output_type: str = "pil", on_step: OnStep | None = None,
+    ) -> list[Image.Image] | Tensor:  # fmt: skip
+        """Prompts -> pictures: both stages with one seed per picture. Arguments as in the methods for the stages.
+
+        Every argument is checked before the first network runs.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self._prompt_ids(prompts, template=template)
+        self._require_decoding_arguments(decoder_steps, decoder_guidance_scale, width, height)
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
+        seeds = list(range(len(prompts))) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per picture.")
+        z = self.sample_embeddings(self.encode_prompt(prompts, template=template), steps=steps, guidance_scale=guidance_scale,
+                                   solver=solver, seeds=seeds, on_step=on_step)  # fmt: skip
+        return self.decode_embeddings(z, negative=negative, steps=decoder_steps, guidance_scale=decoder_guidance_scale,
+                                      width=width, height=height, seeds=seeds, output_type=output_type, on_step=on_step)  # fmt: skip
+
+    def _prompt_ids(self, prompts: Sequence[str], *, template: bool) -> list[list[int]]:
+        config = self.checkpoint.text_config
+        longest = config.max_position_embeddings - 1 - self.checkpoint.num_queries
+        return [self.tokenizer.generation_ids(prompt, template=template, max_tokens=longest) for prompt in prompts]
+
+    def _guided_velocity(self, q: Tensor, guidance_scale: float, truncate: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """The velocity the solvers integrate. Conditions are projected here, once for all steps."""
+        dit, batch = self.dit, len(q)
+        guided = guidance_scale != 1
+        condition = dit.encode_condition(q)
+        if guided:  # the reference puts the null branch first
+            condition = Condition.cat([dit.encode_condition(torch.zeros_like(q[:1])).expand(batch), condition])
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            x = x.to(self.dtype)
+            x = torch.cat((x, x)) if guided else x
+            timestep = flow_timestep(sigma, truncate=truncate).to(self.device).expand(len(x))
+            v = dit.denoise(x, timestep, condition).float()
+            if not guided:
+                return v
+            v_null, v_condition = v.chunk(2)
+            return v_null + guidance_scale * (v_condition - v_null)
+
+        return velocity
+
+    def _start_noise(self, noise: Tensor | None, seeds: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
+        if noise is None:
+            seeds = range(shape[0]) if seeds is None else seeds
+            if len(seeds) != shape[0]:
+                raise InputError(f"{len(seeds)} seeds for a batch of {shape[0]}; pass one seed per picture.")
+            noise = seeded_noise(seeds, shape[1:])
+        elif tuple(noise.shape) != shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}, expected {shape}.")
+        return noise.to(self.device, torch.float32)
+
+    def _tokens(self, z: Tensor) -> Tensor:
+        width = self.checkpoint.dit_config.in_channels
+        if z.ndim == 4 and z.shape[1] == width:
+            z = z.flatten(2).transpose(1, 2)
+        if z.ndim != 3 or z.shape[-1] != width:
+            raise InputError(f"an embedding has shape {tuple(z.shape)}, expected (batch, {width}, 8, 8) or (batch, 64, {width}).")
+        return z.to(self.device)
+
+    def _require_decoding_arguments(self, steps: int, guidance_scale: float, width: int, height: int) -> None:
+        if self.decoder_checkpoint is None:
+            SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_DECODER_STEPS:
+            raise InputError(f"decoder steps={steps!r} is not an integer in 1..{MAX_DECODER_STEPS}.")
+        _require_guidance(guidance_scale)
+        factor = self.decoder_checkpoint.factor
+        for name, side in (("width", width), ("height", height)):
+            if not isinstance(side, int) or side % factor or not MIN_SIDE <= side <= MAX_SIDE:
+                raise InputError(f"{name}={side!r} is not a multiple of {factor} in {MIN_SIDE}..{MAX_SIDE} pixels.")
+
+    def _finite(self, tensor: Tensor, what: str) -> Tensor:
+        if not torch.isfinite(tensor).all():
+            raise Blip3oError(f"the {what} overflowed to nan or infinity in {self.dtype}. Use dtype bfloat16 or float32.")
+        return tensor
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in 0..1 -> RGB images."""
+    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def _require_guidance(guidance_scale: float) -> None:
+    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= 100:
+        raise InputError(f"guidance_scale={guidance_scale!r} is not a number in 0..100; the reference uses 3.0.")

@@ -1,0 +1,1 @@
+"""Numerical integration from noise to data. Takes callables; knows no network."""

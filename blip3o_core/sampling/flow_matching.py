@@ -1,0 +1,89 @@
+"""Flow matching from noise (sigma 1) to data (sigma 0): x_sigma = (1 - sigma) * data + sigma * noise.
+
+The network predicts the velocity noise - data = dx / dsigma, at timestep 1000 * sigma. Source: the released BLIP3-o code;
+rectified flow, arXiv:2209.03003, sec. 2. Everything here is float32, whatever the dtype of the network.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+NUM_TRAIN_TIMESTEPS = 1000
+MAX_STEPS = 1000
+TRUNCATION_SLACK = 2.5e-4  # 1000 * sigma in float32 is at most 1.2e-4 off; integers must not fall to the one below
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, H, W) float32, sigma () float32 in (0, 1]) -> velocity, same shape, guidance already applied."""
+
+OnStep = Callable[[int, int, Tensor], None]
+"""(steps done, steps in all, estimate of the result): progress and previews; raise in it to cancel."""
+
+
+def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
+    """(steps + 1,) float32, falling from 1 to 1 / steps and then 0; shift > 1 spends more steps near the noise.
+
+    Raises: InputError unless 1 <= steps <= 1000 and shift > 0.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps={steps!r} is not an integer in 1..{MAX_STEPS}.")
+    if not 0 < shift < float("inf"):
+        raise InputError(f"shift={shift!r} is not a positive number; the published models use 1.0.")
+    sigma = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    return torch.cat((sigma, sigma.new_zeros(1))).float()
+
+
+def flow_timestep(sigma: Tensor, *, truncate: bool) -> Tensor:
+    """sigma in 0..1 -> timestep in 0..1000, float32. The reference truncates to an integer before the network sees it."""
+    timestep = sigma.float() * NUM_TRAIN_TIMESTEPS
+    return torch.floor(timestep + TRUNCATION_SLACK) if truncate else timestep
+
+
+def sample_euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """First order, one network call a step: the sampler of the reference."""
+    for i in range(len(sigmas) - 1):
+        v = velocity(x, sigmas[i])
+        _report(on_step, i, sigmas, x, v)
+        x = x + (sigmas[i + 1] - sigmas[i]) * v
+    return x
+
+
+def sample_heun(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Second order, two network calls a step but one in the last, where sigma 0 needs none."""
+    for i in range(len(sigmas) - 1):
+        h = sigmas[i + 1] - sigmas[i]
+        v = velocity(x, sigmas[i])
+        _report(on_step, i, sigmas, x, v)
+        euler = x + h * v
+        x = euler if sigmas[i + 1] == 0 else x + h * (v + velocity(euler, sigmas[i + 1])) / 2
+    return x
+
+
+def sample_ab2(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Adams-Bashforth of order two for uneven steps: one network call a step, the previous velocity is reused."""
+    previous: tuple[Tensor, Tensor] | None = None
+    for i in range(len(sigmas) - 1):
+        h = sigmas[i + 1] - sigmas[i]
+        v = velocity(x, sigmas[i])
+        _report(on_step, i, sigmas, x, v)
+        slope = v if previous is None else v + h / (2 * previous[1]) * (v - previous[0])
+        previous = (v, h)
+        x = x + h * slope
+    return x
+
+
+SOLVERS = {"euler": sample_euler, "heun": sample_heun, "ab2": sample_ab2}
+
+
+def require_solver(name: str) -> None:
+    """Raises InputError for a name that is not in SOLVERS."""
+    if name not in SOLVERS:
+        raise InputError(f"solver {name!r} is unknown. Use one of {', '.join(SOLVERS)}.")
+
+
+def _report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, velocity: Tensor) -> None:
+    if on_step is not None:
+        on_step(index + 1, len(sigmas) - 1, x - sigmas[index] * velocity)

@@ -1,0 +1,168 @@
+"""The published BLIP3-o layout (Qwen2.5-VL + NextDiT, 4B, 8B and anything smaller): folder -> components."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.load import OnLoad, expected_shapes, fill
+from ..checkpoint.report import require_matching
+from ..checkpoint.shards import TensorEntry, open_shards
+from ..errors import CheckpointError
+from ..models.nextdit import NextDiT, NextDiTConfig
+from ..models.qwen2_5_vl import QueryEncoder, text_config
+from ..prompts import PromptTokenizer
+
+MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
+SKIPPED = "skipped"
+
+# prefix in the file -> (component, prefix in the component's module); the first match wins
+KEY_TABLE: tuple[tuple[str, str, str], ...] = (
+    ("model.latent_queries", "queries", "latent_queries"),
+    ("model.dit.model.", "dit", ""),
+    ("model.gen_vision_tower.vision_tower.model.", "vision_encoder", ""),
+    ("model.embed_tokens.", "language_model", "language_model.embed_tokens."),
+    ("model.layers.", "language_model", "language_model.layers."),
+    ("model.norm.", "language_model", "language_model.norm."),
+    ("model.language_model.", "language_model", "language_model."),  # re-saved by transformers >= 4.52
+    ("model.visual.", "vision_tower", ""),
+    ("visual.", "vision_tower", ""),
+    ("lm_head.", "output_head", "lm_head."),
+    ("model.vae.", SKIPPED, ""),  # a FLUX autoencoder that early training scripts attached; no path uses it
+    ("model.down_projector.", SKIPPED, ""),
+    ("model.noise_scheduler.", SKIPPED, ""),
+    ("model.mm_projector.", SKIPPED, ""),
+    ("model.gen_projector.", SKIPPED, ""),
+)
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "text to image": ("language_model", "queries", "dit"),
+    "image-conditioned generation": ("language_model", "queries", "dit", "vision_tower"),
+    "understanding": ("language_model", "output_head", "vision_tower"),
+    "reconstruction": ("vision_encoder",),
+}
+"""Components of the root shards per task; all but understanding also load the decoder."""
+
+Components = dict[str, dict[str, TensorEntry]]
+
+
+@dataclass(frozen=True)
+class Blip3oCheckpoint:
+    """An opened folder: configuration and headers are read and checked, no tensor is."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    components: Components  # component -> name in its module -> where it lies
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Blip3oCheckpoint":
+        """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead."""
+        folder = Path(folder).expanduser()
+        config = read_config(folder)
+        components = split_components(open_shards(folder, "model"), folder)
+        absent = [name for name in TASKS["text to image"] if not components.get(name)]
+        if absent:
+            raise CheckpointError(f"{folder}: config.json says {config['model_type']}, but the weights hold no tensor of: "
+                                  f"{', '.join(absent)}. Download the complete BLIP3-o repository.")
+        checkpoint = cls(folder, config, components)
+        encoder, dit = checkpoint._empty_query_encoder(), checkpoint._empty_dit()
+        require_matching("language backbone", folder, expected_shapes(encoder), checkpoint._query_entries)
+        require_matching("diffusion transformer", folder, expected_shapes(dit), components["dit"])
+        if checkpoint.dit_config.context_dim != encoder.language_model.config.hidden_size:
+            raise CheckpointError(f"{folder}: the diffusion transformer reads states of width "
+                                  f"{checkpoint.dit_config.context_dim}, the backbone has "
+                                  f"{encoder.language_model.config.hidden_size}. The shards come from different models.")
+        return checkpoint
+
+    @cached_property
+    def text_config(self):
+        """`Qwen2_5_VLTextConfig` of the backbone."""
+        return text_config(self.config, self.folder / "config.json")
+
+    @cached_property
+    def dit_config(self) -> NextDiTConfig:
+        """Sizes of the diffusion transformer, read off its tensors."""
+        return NextDiTConfig.from_shapes({name: e.shape for name, e in self.components["dit"].items()}, self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer beside the weights, checked for BLIP3-o's special tokens."""
+        return PromptTokenizer(self.folder)
+
+    @property
+    def num_queries(self) -> int:
+        """Learned queries: 64 in every published model."""
+        shape = self.components["queries"]["latent_queries"].shape
+        if len(shape) != 3:
+            raise CheckpointError(f"{self.folder}: model.latent_queries is {list(shape)}, expected [1, queries, width].")
+        return shape[1]
+
+    def load_query_encoder(
+        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+    ) -> QueryEncoder:
+        """Language model without output head, and the queries; nothing else is read."""
+        encoder = fill(self._empty_query_encoder(), self._query_entries, component="language backbone", source=self.folder,
+                       dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+        encoder.rebuild_rotary_table()
+        return encoder
+
+    def load_dit(self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> NextDiT:
+        """The diffusion transformer alone."""
+        dit = fill(self._empty_dit(), self.components["dit"], component="diffusion transformer", source=self.folder,
+                   dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+        dit.dtype = dtype
+        return dit
+
+    @property
+    def _query_entries(self) -> dict[str, TensorEntry]:
+        return {**self.components["language_model"], **self.components["queries"]}
+
+    def _empty_query_encoder(self) -> QueryEncoder:
+        return QueryEncoder.empty(self.text_config, self.num_queries)
+
+    def _empty_dit(self) -> NextDiT:
+        with torch.device("meta"):
+            return NextDiT(self.dit_config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a BLIP3-o folder; raises CheckpointError that tells what else `folder` may be."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a single file, but a BLIP3-o checkpoint is a folder with config.json, tokenizer "
+                              "and shards. Give the folder.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder. Give the folder that holds config.json and the shards.")
+    if not (folder / "config.json").is_file():
+        kind = "a diffusers pipeline" if (folder / "model_index.json").is_file() else "no checkpoint that this package knows"
+        raise CheckpointError(f"{folder}: has no config.json; it is {kind}. Give the BLIP3-o folder itself.")
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        model_type = config.get("model_type")
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not readable as JSON ({error}). Download it again.") from error
+    if model_type not in MODEL_TYPES:
+        hint = ("This is the base model, which can't draw: download BLIP3o/BLIP3o-Model-4B or -8B."
+                if str(model_type).startswith("qwen") else "Give the folder of BLIP3o-Model-4B or -8B.")
+        raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type!r}, not one of {', '.join(MODEL_TYPES)}. {hint}")
+    return config
+
+
+def split_components(entries: Mapping[str, TensorEntry], source: Path) -> Components:
+    """Sorts tensors by KEY_TABLE; raises CheckpointError that lists every name the table doesn't know."""
+    components: Components = {component: {} for _, component, _ in KEY_TABLE}
+    unknown = []
+    for name, entry in entries.items():
+        for prefix, component, target in KEY_TABLE:
+            if name.startswith(prefix):
+                components[component][target + name[len(prefix) :]] = entry
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"{source}: holds {len(unknown)} tensors that no BLIP3-o model has, first "
+                              f"{', '.join(sorted(unknown)[:5])}. This is another model, or a file that was merged by hand.")
+    return components
