@@ -23,10 +23,10 @@ def expected_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill(
-    module: Module, entries: Mapping[str, TensorEntry], *, component: str, source: Path, dtype: torch.dtype,
+    module: Module, entries: Mapping[str, TensorEntry], *, component: str, source: Path, dtype: torch.dtype | None,
     device: torch.device | str = "cpu", on_load: OnLoad | None = None,
 ) -> Module:  # fmt: skip
-    """Replaces every meta parameter of `module` by its tensor, in `dtype` on `device`; returns it frozen, in eval mode.
+    """Replaces every meta parameter of `module` by its tensor, in `dtype` (None: as stored) on `device`; returns it frozen, in eval mode.
 
     Args:
         module: built under `torch.device("meta")`; its state-dict names are the keys of `entries`.

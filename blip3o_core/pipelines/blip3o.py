@@ -17,7 +17,7 @@ from ..models.qwen2_5_vl import QueryEncoder
 from ..models.sdxl import SdxlDecoder
 from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
-from ..sampling.flow_matching import SOLVERS, flow_sigmas, flow_timestep, require_solver
+from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
 from ..sampling.noise import seeded_noise
 from ..variants.blip3o import Blip3oCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
@@ -249,7 +249,8 @@ class Blip3oPipeline:
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             x = x.to(self.dtype)
             x = torch.cat((x, x)) if guided else x
-            timestep = flow_timestep(sigma, truncate=truncate).to(self.device).expand(len(x))
+            timestep = sigma * NUM_TRAIN_TIMESTEPS
+            timestep = (truncate_timestep(timestep) if truncate else timestep).to(self.device).expand(len(x))
             v = dit.denoise(x, timestep, condition).float()
             if not guided:
                 return v

@@ -36,10 +36,9 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
     return torch.cat((sigma, sigma.new_zeros(1))).float()
 
 
-def flow_timestep(sigma: Tensor, *, truncate: bool) -> Tensor:
-    """sigma in 0..1 -> timestep in 0..1000, float32. The reference truncates to an integer before the network sees it."""
-    timestep = sigma.float() * NUM_TRAIN_TIMESTEPS
-    return torch.floor(timestep + TRUNCATION_SLACK) if truncate else timestep
+def truncate_timestep(timestep: Tensor) -> Tensor:
+    """timestep in 0..1000 -> the integer that the reference feeds its network, as float32."""
+    return torch.floor(timestep.float() + TRUNCATION_SLACK)
 
 
 def sample_euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:

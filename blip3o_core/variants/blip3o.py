@@ -102,7 +102,7 @@ class Blip3oCheckpoint:
         return shape[1]
 
     def load_query_encoder(
-        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
     ) -> QueryEncoder:
         """Language model without output head, and the queries; nothing else is read."""
         encoder = fill(self._empty_query_encoder(), self._query_entries, component="language backbone", source=self.folder,

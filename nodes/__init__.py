@@ -1,0 +1,30 @@
+"""The one list of nodes."""
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .adapters.folders import register_folders
+from .conditioning import Blip3oEmbeddingToConditioning, Blip3oTextEncode
+from .embeddings import Blip3oEmptyEmbedding
+from .loaders import Blip3oCheckpointLoader, Blip3oSDXLDecoderLoader
+from .sampling import Blip3oScheduler
+
+
+class Blip3oExtension(ComfyExtension):
+    """What the host asks for after import."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            Blip3oCheckpointLoader,
+            Blip3oTextEncode,
+            Blip3oEmptyEmbedding,
+            Blip3oScheduler,
+            Blip3oSDXLDecoderLoader,
+            Blip3oEmbeddingToConditioning,
+        ]
+
+
+async def comfy_entrypoint() -> Blip3oExtension:
+    return Blip3oExtension()

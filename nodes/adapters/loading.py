@@ -1,0 +1,119 @@
+"""Checkpoint folders -> what travels on the host's sockets. Files are checked before a tensor is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.model_management as model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.supported_models_base import BASE
+
+from ...blip3o_core.checkpoint.load import fill, require_finite
+from ...blip3o_core.checkpoint.shards import TensorEntry, read_tensor
+from ...blip3o_core.errors import CheckpointError
+from ...blip3o_core.variants.blip3o import Blip3oCheckpoint
+from ...blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
+from .hosting import HostedBackbone, host_vae, use_host_layers
+from .model_configs import NextDiTModelConfig, SdxlDecoderModelConfig
+
+
+def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
+    """Language model and queries as stored, memory-mapped; the host decides where they live."""
+    return HostedBackbone(_backbone_patcher(checkpoint), checkpoint.tokenizer)
+
+
+def load_dit(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
+    """The diffusion transformer as a native MODEL."""
+    weights = _read(checkpoint.components["dit"])
+    patcher = _load_diffusion_model(NextDiTModelConfig(checkpoint.dit_config), weights, disable_dynamic)
+    patcher.cached_patcher_init = (_reload_dit, (checkpoint.folder,))
+    return patcher
+
+
+def _backbone_patcher(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
+    encoder = use_host_layers(checkpoint.load_query_encoder(dtype=None, on_load=_LoadProgress()))
+    patcher = _patcher_class(disable_dynamic)(
+        encoder, load_device=model_management.text_encoder_device(), offload_device=model_management.text_encoder_offload_device()
+    )
+    patcher.cached_patcher_init = (_reload_backbone, (checkpoint.folder,))
+    return patcher
+
+
+def _reload_backbone(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    """What the host calls to build the same patcher again, for instance without dynamic memory."""
+    return _backbone_patcher(Blip3oCheckpoint.open(folder), disable_dynamic)
+
+
+def _reload_dit(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_dit(Blip3oCheckpoint.open(folder), disable_dynamic)
+
+
+def load_sdxl_unet(checkpoint: SdxlDecoderCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
+    """The decoder's UNet as a native MODEL, under core's own key names."""
+    config = SdxlDecoderModelConfig(checkpoint.unet_config, checkpoint.vae_config)
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    unknown = sorted(checkpoint.unet.keys() - names.keys())
+    if unknown:
+        raise CheckpointError(f"{checkpoint.folder / 'unet'}: {len(unknown)} tensors have no place in ComfyUI's UNet, first "
+                              f"{unknown[0]}. Use the decoder of a published BLIP3-o model.")
+    weights = {names[name]: tensor for name, tensor in _read(checkpoint.unet).items()}
+    patcher = _load_diffusion_model(config, weights, disable_dynamic)
+    patcher.cached_patcher_init = (_reload_sdxl_unet, (checkpoint.folder,))
+    return patcher
+
+
+def _reload_sdxl_unet(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_sdxl_unet(SdxlDecoderCheckpoint.open(folder), disable_dynamic)
+
+
+def load_sdxl_vae(checkpoint: SdxlDecoderCheckpoint) -> comfy.sd.VAE:
+    """The decoder's VAE as a native VAE, in the precision that the host picks for VAEs (never float16)."""
+    dtype = model_management.vae_dtype(model_management.vae_device(), [torch.bfloat16, torch.float32])
+    autoencoder = fill(checkpoint.empty_vae(), checkpoint.vae, component="decoder's VAE", source=checkpoint.folder / "vae",
+                       dtype=dtype, on_load=_LoadProgress())  # fmt: skip
+    return host_vae(autoencoder)
+
+
+def _load_diffusion_model(config: BASE, weights: dict[str, torch.Tensor], disable_dynamic: bool) -> ModelPatcher:
+    """The tail of core's `load_diffusion_model_state_dict`, for configurations that core can't guess from keys."""
+    load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
+    supported = list(config.supported_inference_dtypes)
+    dtype = model_management.unet_dtype(model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported,
+                                        weight_dtype=comfy.utils.weight_dtype(weights))  # fmt: skip
+    config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, load_device, supported), device=load_device)
+    model = config.get_model(weights)
+    patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
+    if not model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def _patcher_class(disable_dynamic: bool) -> type[ModelPatcher]:
+    # looked up at call time: the host rebinds CoreModelPatcher when it turns dynamic memory on
+    return ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+
+
+def _read(entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    """Tensors as stored, memory-mapped, each checked for nan; cancellable."""
+    progress, total, done, tensors = _LoadProgress(), sum(entry.nbytes for entry in entries.values()), 0, {}
+    for name, entry in entries.items():
+        tensors[name] = read_tensor(entry)
+        require_finite(entry, tensors[name])
+        done += entry.nbytes
+        progress("", done, total)
+    return tensors
+
+
+class _LoadProgress:
+    """The node's progress bar while weights are read; cancels between two tensors."""
+
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(100)
+
+    def __call__(self, component: str, done: int, total: int) -> None:
+        model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(100 * done // total)

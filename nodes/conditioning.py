@@ -1,0 +1,113 @@
+"""Prompt or embedding -> CONDITIONING."""
+
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..blip3o_core.errors import InputError
+from ..blip3o_core.models.sdxl import ORIGINAL_SIZE
+from .adapters import io_types
+
+
+class Blip3oTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Blip3oTextEncode",
+            display_name="BLIP3-o Text Encode",
+            category="BLIP3-o/conditioning",
+            description="Lets the backbone read a prompt and returns the states of its 64 queries, which guide the BLIP3-o "
+            "diffusion model.",
+            search_aliases=["BLIP3o prompt", "CLIP Text Encode BLIP3-o"],
+            inputs=[
+                io_types.Backbone.Input("backbone", tooltip="From Load BLIP3-o Checkpoint."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the picture should show, in whole sentences. Special tokens such as <|im_end|> are read as "
+                    "plain text. The model was trained on up to about 400 tokens.",
+                ),
+                io.Boolean.Input(
+                    "template",
+                    default=True,
+                    advanced=True,
+                    tooltip="On: the prompt is put in the frame that the model was trained with. Off: raw text; a single "
+                    "space is the null prompt of the decoder.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="Query states of the prompt, 64 tokens."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The null condition of training: zeros in place of the query states."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, backbone, prompt: str, template: bool = True) -> io.NodeOutput:
+        states = backbone.encode_prompts([prompt], template=template)  # (1, 64, H)
+        return io.NodeOutput([[states, {}]], [[torch.zeros_like(states), {}]])
+
+
+class Blip3oEmbeddingToConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Blip3oEmbeddingToConditioning",
+            display_name="BLIP3-o Embedding to Conditioning",
+            category="BLIP3-o/conditioning",
+            description="Hands a sampled CLIP embedding to the decoder, with the size that it should paint for.",
+            search_aliases=["BLIP3o decode", "CLIP embedding conditioning"],
+            inputs=[
+                io.Latent.Input("embedding", tooltip="The sampled embedding, 64 tokens as a latent of 8 x 8."),
+                io.Int.Input("width", default=1024, min=64, max=4096, step=8, tooltip="Width of the picture in pixels."),
+                io.Int.Input("height", default=1024, min=64, max=4096, step=8, tooltip="Height of the picture in pixels."),
+                io.Latent.Input(
+                    "negative_embedding",
+                    optional=True,
+                    tooltip="What the decoder is guided away from. The reference samples it from the null prompt (BLIP3-o Text "
+                    "Encode with a single space, template off). Nothing connected: zeros.",
+                ),
+                io.Int.Input(
+                    "original_width", default=ORIGINAL_SIZE[1], min=64, max=4096, step=8, advanced=True,
+                    tooltip="Width that the picture claims to have been cropped from; the reference always says 1024.",
+                ),
+                io.Int.Input(
+                    "original_height", default=ORIGINAL_SIZE[0], min=64, max=4096, step=8, advanced=True,
+                    tooltip="Height that the picture claims to have been cropped from; the reference always says 1024.",
+                ),
+                io.Int.Input(
+                    "crop_x", default=0, min=0, max=4096, advanced=True, tooltip="Left edge of that crop; 0 in the reference."
+                ),
+                io.Int.Input(
+                    "crop_y", default=0, min=0, max=4096, advanced=True, tooltip="Top edge of that crop; 0 in the reference."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The embedding as the decoder reads it."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative embedding, or zeros, likewise."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, embedding: dict, width: int, height: int, negative_embedding: dict | None = None, original_width: int = ORIGINAL_SIZE[1],
+        original_height: int = ORIGINAL_SIZE[0], crop_x: int = 0, crop_y: int = 0,
+    ) -> io.NodeOutput:  # fmt: skip
+        tokens = embedding_tokens(embedding)  # (B, 64, C)
+        negative = torch.zeros_like(tokens) if negative_embedding is None else embedding_tokens(negative_embedding)
+        if negative.shape[-1] != tokens.shape[-1]:
+            raise InputError(f"the embedding has width {tokens.shape[-1]}, the negative one {negative.shape[-1]}. "
+                             "Sample both with the same BLIP3-o model.")
+        sizes = {"width": original_width, "height": original_height, "crop_w": crop_x, "crop_h": crop_y,
+                 "target_width": width, "target_height": height}  # fmt: skip
+        return io.NodeOutput(*([[context, {"pooled_output": context.mean(dim=1), **sizes}]] for context in (tokens, negative)))
+
+
+def embedding_tokens(embedding: dict) -> torch.Tensor:
+    """LATENT (B, C, 8, 8) -> (B, 64, C). Raises InputError for any other latent."""
+    samples = embedding["samples"]
+    if samples.ndim != 4 or tuple(samples.shape[-2:]) != (8, 8):
+        raise InputError(f"this latent is {' x '.join(map(str, samples.shape[1:]))}, not a BLIP3-o embedding (C x 8 x 8). "
+                         "Connect what the sampler of the BLIP3-o diffusion model returns.")
+    return samples.flatten(2).transpose(1, 2)

@@ -1,0 +1,47 @@
+"""The sigmas of the reference."""
+
+from comfy_api.v0_0_2 import io
+
+from ..blip3o_core.sampling.discrete_euler import leading_sigmas
+from ..blip3o_core.sampling.flow_matching import flow_sigmas
+
+EMBEDDING, PICTURE = "embedding", "picture"
+
+
+class Blip3oScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Blip3oScheduler",
+            display_name="BLIP3-o Scheduler",
+            category="BLIP3-o/sampling",
+            description="Noise levels exactly as the reference spaces them, for core's SamplerCustom with the sampler euler.",
+            search_aliases=["BLIP3o sigmas", "flow matching scheduler"],
+            inputs=[
+                io.Combo.Input(
+                    "stage",
+                    options=[EMBEDDING, PICTURE],
+                    tooltip="embedding: for the BLIP3-o diffusion model (30 steps in the reference). "
+                    "picture: for the SDXL decoder (50 steps in the reference).",
+                ),
+                io.Int.Input("steps", default=30, min=1, max=999, tooltip="Model calls of the sampler euler."),
+                io.Float.Input(
+                    "shift", default=1.0, min=0.1, max=20.0, step=0.05, advanced=True,
+                    tooltip="Embedding only: above 1 spends more steps where there is much noise. The reference uses 1. Set the "
+                    "same value with ModelSamplingSD3 if other schedulers should agree.",
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="Below 1 starts part of the way: for a latent that already holds something.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, the last one 0.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stage: str, steps: int, shift: float = 1.0, denoise: float = 1.0) -> io.NodeOutput:
+        if denoise <= 0:
+            return io.NodeOutput(flow_sigmas(1)[:0])  # core's way to say: nothing to do
+        total = min(int(steps / denoise), 999)
+        sigmas = flow_sigmas(total, shift) if stage == EMBEDDING else leading_sigmas(total)
+        return io.NodeOutput(sigmas[-(steps + 1) :])
