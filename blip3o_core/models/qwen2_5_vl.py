@@ -75,8 +75,11 @@ class QueryEncoder(nn.Module):
 
     def rebuild_rotary_table(self) -> None:
         """The table is no tensor of the checkpoint: under the meta device it has no values until this is called."""
-        rotary = self.language_model.rotary_emb
-        self.language_model.rotary_emb = type(rotary)(config=self.language_model.config)
+        kind = type(self.language_model.rotary_emb)
+        table = kind(config=self.language_model.config)
+        for module in self.language_model.modules():
+            if isinstance(getattr(module, "rotary_emb", None), kind):  # transformers 4 keeps an unused one in every layer
+                module.rotary_emb = table
 
     @property
     def max_tokens(self) -> int:

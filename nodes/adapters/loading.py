@@ -83,7 +83,7 @@ def _load_diffusion_model(config: BASE, weights: dict[str, torch.Tensor], disabl
     supported = list(config.supported_inference_dtypes)
     dtype = model_management.unet_dtype(model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported,
                                         weight_dtype=comfy.utils.weight_dtype(weights))  # fmt: skip
-    config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, load_device, supported), device=load_device)
+    config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, load_device, supported))
     model = config.get_model(weights)
     patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     if not model_management.is_device_cpu(offload_device):
