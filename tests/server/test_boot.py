@@ -9,7 +9,9 @@ from .hosts import Host
 
 
 @pytest.fixture(scope="module", params=["ComfyUI-BLIP3o", "some other name"])
-def server(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def server(
+    request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
     with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), folder=request.param) as running:
         yield running
 
@@ -32,7 +34,8 @@ def test_the_nodes_of_the_pack_come_from_its_folder(server: ComfyServer) -> None
 
 
 def test_core_nodes_are_still_there(server: ComfyServer) -> None:
-    assert {"KSampler", "VAEDecode", "SaveImage", "LoraLoaderModelOnly", "ConditioningZeroOut"} <= server.object_info().keys()
+    core = {"KSampler", "VAEDecode", "SaveImage", "LoraLoaderModelOnly", "ConditioningZeroOut"}
+    assert core <= server.object_info().keys()
 
 
 def test_a_core_graph_runs(server: ComfyServer) -> None:
@@ -50,7 +53,8 @@ def test_an_invalid_graph_is_rejected_with_the_node_at_fault(server: ComfyServer
 
 def image_graph(*, width: int, height: int, color: int) -> dict[str, dict]:
     """An image of one colour (0xRRGGBB), saved by node 2."""
+    size = {"width": width, "height": height, "batch_size": 1}
     return {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": width, "height": height, "batch_size": 1, "color": color}},
+        "1": {"class_type": "EmptyImage", "inputs": {**size, "color": color}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "boot"}},
     }
