@@ -110,4 +110,4 @@ def embedding_tokens(embedding: dict) -> torch.Tensor:
     if samples.ndim != 4 or tuple(samples.shape[-2:]) != (8, 8):
         raise InputError(f"this latent is {' x '.join(map(str, samples.shape[1:]))}, not a BLIP3-o embedding (C x 8 x 8). "
                          "Connect what the sampler of the BLIP3-o diffusion model returns.")
-    return samples.flatten(2).transpose(1, 2)
+    return samples.flatten(2).transpose(1, 2).contiguous()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import __version__
 from ..checkpoint.load import OnLoad
 from ..errors import Blip3oError, InputError
 from ..models.nextdit import Condition, NextDiT
@@ -18,12 +19,13 @@ from ..models.sdxl import SdxlDecoder
 from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
 from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
-from ..sampling.noise import seeded_noise
+from ..sampling.noise import require_seed, seeded_noise
 from ..variants.blip3o import Blip3oCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
 
 EMBEDDING_GRID = 8  # an embedding is 8 x 8 tokens
 OUTPUT_TYPES = ("pil", "pt", "latent")
+NEGATIVES = ("null_prompt", "zeros")
 NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed
 MAX_DECODER_STEPS = 999
 MIN_SIDE, MAX_SIDE = 64, 4096
@@ -180,9 +182,7 @@ class Blip3oPipeline:
             output_type: "pil" (list of images), "pt" (B, 3, height, width) in 0..1, or "latent" (B, 4, ...) before the VAE.
         Raises: InputError for values out of range, CheckpointError if there is no decoder, before anything is computed.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
-        self._require_decoding_arguments(steps, guidance_scale, width, height)
+        self._require_decoding_arguments(steps, guidance_scale, width, height, negative, output_type)
         tokens = self._tokens(z)
         factor = self.decoder_checkpoint.factor
         start = self._start_noise(noise, seeds, (len(tokens), 4, height // factor, width // factor))
@@ -190,12 +190,10 @@ class Blip3oPipeline:
             negative_tokens = None
         elif negative is None or (isinstance(negative, str) and negative == "null_prompt"):
             negative_tokens = self._tokens(self.null_embedding(on_step=on_step))
-        elif isinstance(negative, str) and negative == "zeros":
+        elif isinstance(negative, str):
             negative_tokens = torch.zeros_like(tokens[:1])
-        elif isinstance(negative, Tensor):
-            negative_tokens = self._tokens(negative)
         else:
-            raise InputError(f'negative is {negative!r:.40}; pass an embedding, "null_prompt" or "zeros".')
+            negative_tokens = self._tokens(negative)
         if negative_tokens is not None:
             if len(negative_tokens) not in (1, len(tokens)):
                 raise InputError(f"negative holds {len(negative_tokens)} embeddings for {len(tokens)} pictures; pass 1 or as many.")
@@ -221,17 +219,42 @@ class Blip3oPipeline:
         Every argument is checked before the first network runs.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._prompt_ids(prompts, template=template)
-        self._require_decoding_arguments(decoder_steps, decoder_guidance_scale, width, height)
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
-        seeds = list(range(len(prompts))) if seeds is None else seeds
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per picture.")
+        self.check_generate(prompts, seeds=seeds, width=width, height=height, steps=steps, guidance_scale=guidance_scale,
+                            solver=solver, decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale,
+                            negative=negative, template=template, output_type=output_type)  # fmt: skip
         z = self.sample_embeddings(self.encode_prompt(prompts, template=template), steps=steps, guidance_scale=guidance_scale,
                                    solver=solver, seeds=seeds, on_step=on_step)  # fmt: skip
         return self.decode_embeddings(z, negative=negative, steps=decoder_steps, guidance_scale=decoder_guidance_scale,
                                       width=width, height=height, seeds=seeds, output_type=output_type, on_step=on_step)  # fmt: skip
+
+    def check_generate(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], width: int, height: int, steps: int, guidance_scale: float,
+        solver: str, decoder_steps: int, decoder_guidance_scale: float, negative: Tensor | str | None = None,
+        template: bool = True, output_type: str = "pil",
+    ) -> None:  # fmt: skip
+        """Raises what `generate` would raise for these arguments, without loading or computing anything."""
+        self._prompt_ids(prompts, template=template)
+        for seed in seeds:
+            require_seed(seed)
+        require_solver(solver)
+        flow_sigmas(steps)
+        _require_guidance(guidance_scale)
+        self._require_decoding_arguments(decoder_steps, decoder_guidance_scale, width, height, negative, output_type)
+
+    def describe(self) -> dict[str, str]:
+        """What a recipe must say besides its settings."""
+        decoder = self.decoder_checkpoint
+        return {
+            "model": self.checkpoint.folder.resolve().name,
+            "decoder": "" if decoder is None else decoder.folder.resolve().name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "blip3o": __version__,
+            "torch": torch.__version__,
+        }
 
     def _prompt_ids(self, prompts: Sequence[str], *, template: bool) -> list[list[int]]:
         config = self.checkpoint.text_config
@@ -275,9 +298,15 @@ class Blip3oPipeline:
             z = z.flatten(2).transpose(1, 2)
         if z.ndim != 3 or z.shape[-1] != width:
             raise InputError(f"an embedding has shape {tuple(z.shape)}, expected (batch, {width}, 8, 8) or (batch, 64, {width}).")
-        return z.to(self.device)
+        return z.to(self.device).contiguous()  # strides pick other kernels, which round differently
 
-    def _require_decoding_arguments(self, steps: int, guidance_scale: float, width: int, height: int) -> None:
+    def _require_decoding_arguments(
+        self, steps: int, guidance_scale: float, width: int, height: int, negative: Tensor | str | None, output_type: str
+    ) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
+        if not isinstance(negative, Tensor) and negative not in (None, *NEGATIVES):
+            raise InputError(f"negative is {negative!r:.40}; pass an embedding, or one of {', '.join(NEGATIVES)}.")
         if self.decoder_checkpoint is None:
             SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_DECODER_STEPS:

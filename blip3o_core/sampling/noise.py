@@ -17,7 +17,12 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """
     rows = []
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise InputError(f"seed {seed!r} is not an integer in 0..{MAX_SEED}.")
+        require_seed(seed)
         rows.append(torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)))
     return torch.cat(rows)
+
+
+def require_seed(seed: int) -> None:
+    """Raises InputError if `seed` is not an integer in 0..2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed {seed!r} is not an integer in 0..{MAX_SEED}.")

@@ -1,0 +1,1 @@
+"""The command `blip3o`: one file per subcommand."""

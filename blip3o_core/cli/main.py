@@ -1,0 +1,53 @@
+"""`blip3o`: subcommand -> file. Heavy imports happen in the subcommand, so `--help` answers at once."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import Blip3oError
+from . import generate, inspect
+
+SUBCOMMANDS = {"generate": generate, "inspect": inspect}
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="blip3o",
+        description="BLIP3-o on the command line: pictures from text, from local checkpoints only.",
+        epilog='example:  blip3o generate "a red fox in fresh snow" --model BLIP3o-Model-4B --output fox.png',
+    )
+    parser.add_argument("--version", action="version", version=f"blip3o {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in SUBCOMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=module.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0, or 1 after an error that the user can mend (its message is on stderr)."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        SUBCOMMANDS[args.command].run(args)
+    except Blip3oError as error:
+        print(f"blip3o: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("blip3o: stopped; finished files are kept.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `blip3o ... | head`
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
