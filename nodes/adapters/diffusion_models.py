@@ -82,3 +82,9 @@ class SdxlDecoderModel(model_base.SDXL):
         super().__init__(model_config, model_type=model_base.ModelType.EPS, device=device)
         self.embedder = Timestep(model_config.size_embedding_width)
         self.model_sampling = LeadingEps(model_config)
+
+    def encode_adm(self, **kwargs) -> Tensor:
+        if kwargs.get("pooled_output") is None:
+            raise InputError("the BLIP3-o decoder was given a conditioning that is not an embedding. Connect BLIP3-o Embedding to "
+                             "Conditioning, positive and negative.")
+        return super().encode_adm(**kwargs)

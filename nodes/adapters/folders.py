@@ -1,6 +1,6 @@
 """Where checkpoints lie: the `blip3o` model folder, its listing, and picked name -> path."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 
@@ -25,8 +25,9 @@ def list_checkpoints() -> list[str]:
 
 
 def list_sdxl_decoders() -> list[str]:
-    """Folders that are a decoder or hold one as `diffusion-decoder/`, sorted."""
-    return sorted(name for name, path in _candidates() if find_sdxl_decoder(path) is not None)
+    """Folders that are a decoder or hold one as `diffusion-decoder/`, sorted; the inner folder is not listed again."""
+    found = {name: decoder for name, path in _candidates() if (decoder := find_sdxl_decoder(path)) is not None}
+    return sorted(name for name, decoder in found.items() if found.get(PurePosixPath(name).parent.as_posix()) != decoder)
 
 
 def resolve(name: str) -> Path:
