@@ -120,14 +120,16 @@ def test_a_latent_of_a_picture_is_no_embedding(server):
     graph = graphs.text_to_image(side=512)  # the host brings it to the model's grid: 4 x 4
     graph[graphs.EMBEDDING]["inputs"]["latent_image"] = [graphs.SIZE, 0]
     expect_error(server, graph, "SamplerCustom", "denoises embeddings of 48 x 8 x 8")
-    graph = graphs.text_to_image()
+    graph = graphs.text_to_image(side=512)
     graph[graphs.CONDITIONING]["inputs"]["embedding"] = [graphs.SIZE, 0]
     expect_error(server, graph, "Blip3oEmbeddingToConditioning", "not a BLIP3-o embedding")
 
 
 def test_conditioning_of_another_model(server):
     graph = graphs.embedding_only(2)
-    graph["other"] = {"class_type": "Blip3oEmbeddingToConditioning", "inputs": {"embedding": ["3", 0], "width": 64, "height": 64}}
+    graph["other"] = graphs.text_to_image()[graphs.CONDITIONING]
+    graph["other"]["inputs"]["embedding"] = ["3", 0]
+    del graph["other"]["inputs"]["negative_embedding"]
     graph[graphs.EMBEDDING]["inputs"].update(positive=["other", 0], negative=["other", 1])
     expect_error(server, graph, "SamplerCustom", "reads query states of width 64, the conditioning has width 48")
 
