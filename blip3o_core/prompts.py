@@ -1,13 +1,17 @@
 """Prompt templates and their token ids. Only templates place special tokens; what a user types is always plain text."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
 
 IMAGE_START = "[IMG]"  # closes every prompt of the generation path; the learned queries follow
+SYSTEM = "You are a helpful assistant."
+RECONSTRUCT_INSTRUCTION = "\nPlease reconstruct the given image."  # of the reference, with the line feed behind the image
 NULL_PROMPT = " "  # untemplated; the reference's null condition of the second stage
 TRAINED_PROMPT_TOKENS = 447  # longer prompts were cut in training: 512 less [IMG] and 64 queries
 
@@ -19,16 +23,36 @@ class Special:
     token: str
 
 
-IM_START, IM_END = Special("<|im_start|>"), Special("<|im_end|>")
+Pieces = list[Special | str]
+
+IM_START, IM_END, END_OF_TEXT = Special("<|im_start|>"), Special("<|im_end|>"), Special("<|endoftext|>")
+VISION_START, IMAGE_PAD, VISION_END = Special("<|vision_start|>"), Special("<|image_pad|>"), Special("<|vision_end|>")
 
 
-def generation_template(caption: str) -> list[Special | str]:
+def vision_blocks(image_tokens: Sequence[int]) -> Pieces:
+    """One block per image, each with as many pads as the image has features."""
+    return [piece for count in image_tokens for piece in (VISION_START, *[IMAGE_PAD] * count, VISION_END)]
+
+
+def turn(role: str, text: str, image_tokens: Sequence[int] = ()) -> Pieces:
+    """One closed turn of a conversation; images stand before the text."""
+    return [IM_START, f"{role}\n", *vision_blocks(image_tokens), text, IM_END, "\n"]
+
+
+def open_turn(role: str = "assistant") -> Pieces:
+    """The start of the turn that the model writes."""
+    return [IM_START, f"{role}\n"]
+
+
+def generation_template(caption: str) -> Pieces:
     """The text-to-image turn of the reference; the assistant turn stays open (in training it was closed)."""
-    return [
-        IM_START, "system\nYou are a helpful assistant.", IM_END, "\n",
-        IM_START, f"user\nPlease generate image based on the following caption: {caption}", IM_END, "\n",
-        IM_START, "assistant\n",
-    ]  # fmt: skip
+    request = f"Please generate image based on the following caption: {caption}"
+    return [*turn("system", SYSTEM), *turn("user", request), *open_turn()]
+
+
+def edit_template(instruction: str, image_tokens: Sequence[int]) -> Pieces:
+    """Image-conditioned generation: the same frame with images and a free instruction."""
+    return [*turn("system", SYSTEM), *turn("user", instruction, image_tokens), *open_turn()]
 
 
 class PromptTokenizer:
@@ -65,34 +89,63 @@ class PromptTokenizer:
                                   "probably the base Qwen2.5-VL: take the tokenizer files from the BLIP3-o repository.")
         return token_id
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a written turn."""
+        return frozenset(self.special_id(special.token) for special in (IM_END, END_OF_TEXT))
+
+    @cached_property
+    def image_pad_id(self) -> int:
+        """The id whose rows image features replace."""
+        return self.special_id(IMAGE_PAD.token)
+
     def ids(self, pieces: Sequence[Special | str]) -> list[int]:
-        """Ids of a sequence of special tokens and plain text."""
+        """Ids of a sequence of special tokens and plain text. Raises InputError for text that is not valid Unicode."""
         result: list[int] = []
-        for piece in pieces:
-            if isinstance(piece, Special):
-                result.append(self.special_id(piece.token))
-            else:
-                result.extend(self._plain.encode(piece, add_special_tokens=False).ids)
+        for is_special, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Special)):
+            if is_special:
+                result.extend(self.special_id(piece.token) for piece in group)
+            else:  # neighbouring text is one text: merges cross the seam, as in a prompt written as one string
+                text = "".join(group)
+                try:
+                    result.extend(self._plain.encode(text, add_special_tokens=False).ids)
+                except (UnicodeEncodeError, TypeError) as error:
+                    raise InputError(f"the text {text!r:.80} holds characters that are no valid Unicode ({error}).") from error
         return result
 
-    def generation_ids(self, prompt: str, *, template: bool = True, max_tokens: int | None = None) -> list[int]:
-        """Ids of one text-to-image prompt, closed by `[IMG]`.
+    def trusted_ids(self, text: str) -> list[int]:
+        """Ids of text in which special tokens count: for callers that build whole prompts themselves."""
+        return self._full(text, add_special_tokens=False).input_ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Written text of generated ids; special tokens are left out."""
+        return self._full.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def generation_ids(self, prompt: str, *, template: bool = True, image_tokens: Sequence[int] = (), max_tokens: int | None = None) -> list[int]:
+        """Ids of one prompt of the generation path, closed by `[IMG]`.
 
         Args:
             template: put the prompt in the frame of the reference; False takes it as raw text.
+            image_tokens: features of each image before the prompt, which then is an instruction.
             max_tokens: the longest the model can take.
         Raises: InputError if the prompt is empty (templated: or only spaces), too long or no valid text.
         """
-        if not isinstance(prompt, str):
-            raise InputError(f"a prompt is text, not {type(prompt).__name__} ({prompt!r:.60}).")
+        require_text(prompt)
         if not prompt or (template and not prompt.strip()):
             raise InputError('the prompt is empty. Say what the image should show; the null condition of the decoder is " " '
                              "with template off.")
-        try:
-            ids = self.ids(generation_template(prompt) if template else [prompt])
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InputError(f"the prompt {prompt!r:.60} holds characters that are no valid Unicode text ({error}).") from error
+        if not template:
+            pieces = [*vision_blocks(image_tokens), prompt]
+        else:
+            pieces = edit_template(prompt, image_tokens) if image_tokens else generation_template(prompt)
+        ids = self.ids(pieces)
         if max_tokens is not None and len(ids) > max_tokens:
             raise InputError(f"the prompt {prompt[:40]!r}... has {len(ids)} tokens with its frame; this model takes {max_tokens} "
-                             f"and was trained on {TRAINED_PROMPT_TOKENS}. Shorten it.")
+                             f"and was trained on {TRAINED_PROMPT_TOKENS}. Shorten it or give fewer images.")
         return [*ids, self.image_start_id]
+
+
+def require_text(prompt: str) -> None:
+    """Raises InputError for anything that is not a string."""
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is text, not {type(prompt).__name__} ({prompt!r:.60}).")

@@ -42,6 +42,6 @@ class Blip3oScheduler(io.ComfyNode):
     def execute(cls, stage: str, steps: int, shift: float = 1.0, denoise: float = 1.0) -> io.NodeOutput:
         if denoise <= 0:
             return io.NodeOutput(flow_sigmas(1)[:0])  # core's way to say: nothing to do
-        total = min(int(steps / denoise), 999)
-        sigmas = flow_sigmas(total, shift) if stage == EMBEDDING else leading_sigmas(total)
-        return io.NodeOutput(sigmas[-(steps + 1) :])
+        if stage == EMBEDDING:
+            return io.NodeOutput(flow_sigmas(steps, shift, denoise))
+        return io.NodeOutput(leading_sigmas(min(int(steps / denoise), 999))[-(steps + 1) :])

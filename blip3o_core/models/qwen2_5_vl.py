@@ -1,16 +1,19 @@
 """The language backbone: transformers' Qwen2.5-VL by composition, plus the 64 learned queries of BLIP3-o.
 
-The decoder, its configuration and its rotary table are transformers'; names of tensors are those of `Qwen2_5_VLTextModel`
-in every supported version (4.57 and 5.x), which is why no conversion table of transformers is involved.
+Decoder, vision tower, their configurations and rotary tables are transformers'; names of tensors are the same in every
+supported version (4.57 and 5.x), which is why no conversion table of transformers is involved.
+
+B batch, N tokens, Q queries, H width of the backbone, n image tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 
 
 def text_config(config: Mapping[str, Any], source: object):
@@ -18,7 +21,6 @@ def text_config(config: Mapping[str, Any], source: object):
 
     Raises CheckpointError naming `source` if a size is missing.
     """
-    import transformers
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
     fields = {**config, **(config.get("text_config") or {})}
@@ -34,7 +36,7 @@ def text_config(config: Mapping[str, Any], source: object):
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: rope_scaling.mrope_section is {rope['mrope_section']!r}, not three integers.") from error
     theta = float(rope.get("rope_theta", fields.get("rope_theta", 1e6)))
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if _transformers_major() >= 5:
         positions = {"rope_parameters": {"rope_type": "default", "mrope_section": mrope_section, "rope_theta": theta}}
     else:
         positions = {"rope_scaling": {"rope_type": "default", "mrope_section": mrope_section}, "rope_theta": theta}
@@ -51,10 +53,10 @@ def text_config(config: Mapping[str, Any], source: object):
     return result
 
 
-class QueryEncoder(nn.Module):
-    """Prompts -> states of the learned queries. Holds no output head and no vision tower: neither is needed for this.
+class Backbone(nn.Module):
+    """The decoder and the learned queries. Output head and vision tower are modules of their own: most tasks need neither.
 
-    Attributes: `language_model` (Qwen2_5_VLTextModel), `latent_queries` (1, Q, hidden).
+    Attributes: `language_model` (Qwen2_5_VLTextModel), `latent_queries` (1, Q, H).
     """
 
     def __init__(self, config, num_queries: int) -> None:
@@ -65,11 +67,9 @@ class QueryEncoder(nn.Module):
         self.latent_queries = nn.Parameter(torch.empty(1, num_queries, config.hidden_size))
 
     @classmethod
-    def empty(cls, config, num_queries: int) -> "QueryEncoder":
+    def empty(cls, config, num_queries: int) -> "Backbone":
         """Without weights, on the meta device, to be filled."""
-        # before the meta context: what transformers and torch import lazily must not be built under it
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel  # noqa: F401
-
+        _import_network_code()
         with torch.device("meta"):
             return cls(config, num_queries)
 
@@ -82,34 +82,136 @@ class QueryEncoder(nn.Module):
                 module.rotary_emb = table
 
     @property
-    def max_tokens(self) -> int:
-        """Longest prompt in tokens: the context less `[IMG]` and the queries."""
-        return self.language_model.config.max_position_embeddings - 1 - self.latent_queries.shape[1]
+    def num_queries(self) -> int:
+        """Q: 64 in every published model."""
+        return self.latent_queries.shape[1]
 
-    def forward(
-        self, token_ids: Sequence[Sequence[int]], *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Token ids per prompt, each ending in `[IMG]` -> states of the queries (B, Q, hidden), after the final norm.
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence the decoder takes."""
+        return self.language_model.config.max_position_embeddings
+
+    def embed(
+        self, token_ids: Sequence[int], *, device: torch.device, dtype: torch.dtype,
+        image_features: Tensor | None = None, image_token_id: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Token ids -> (N, H) in `dtype`; rows of `image_token_id` are replaced, in order, by image_features (n, H).
+
+        Raises: InputError if there are not exactly n such rows.
+        """
+        ids = torch.tensor(token_ids, dtype=torch.long, device=device)
+        rows = self.language_model.embed_tokens(ids).to(dtype)
+        if image_features is not None:
+            pads = ids == image_token_id
+            if int(pads.sum()) != len(image_features):
+                raise InputError(f"the text has {int(pads.sum())} image tokens, the images give {len(image_features)}. Both must "
+                                 "come from the same images, in the same order.")
+            rows = rows.masked_scatter(pads[:, None], image_features.to(device, dtype))
+        return rows
+
+    def forward(self, rows: Sequence[Tensor], positions: Sequence[Tensor] | None = None) -> Tensor:
+        """Embedded prompts, each ending in `[IMG]` -> states of the queries (B, Q, H), after the final norm.
 
         Rows are padded on the right, behind the queries: causality then makes a mask unnecessary and every row equal to
-        a run by itself. Positions count up from 0 on all three axes, as in training.
+        a run by itself.
 
         Args:
-            device, dtype: where and in which precision to compute; None: as the weights are.
+            rows: (N_b, H) each, as from `embed`.
+            positions: (3, N_b + Q) each; None counts up from 0 on all three axes, as the reference does even with images.
         """
-        language_model, queries = self.language_model, self.latent_queries
-        device, dtype = device or queries.device, dtype or queries.dtype
-        language_model.rotary_emb.to(device)
-        lengths = [len(ids) for ids in token_ids]
-        padded = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        for row, ids in enumerate(token_ids):
-            padded[row, : len(ids)] = torch.tensor(ids)
-        embedded = language_model.embed_tokens(padded.to(device)).to(dtype)  # (B, N, hidden)
-        queries = queries.to(device=device, dtype=dtype)
-        batch, count = len(lengths), queries.shape[1]
-        rows = embedded.new_zeros(batch, max(lengths) + count, embedded.shape[-1])
-        for row, length in enumerate(lengths):
-            rows[row, :length] = embedded[row, :length]
-            rows[row, length : length + count] = queries[0]
-        states = language_model(inputs_embeds=rows, use_cache=False).last_hidden_state  # (B, N + Q, hidden)
-        return torch.stack([states[row, length : length + count] for row, length in enumerate(lengths)])
+        lengths, count = [len(row) for row in rows], self.num_queries
+        queries = self.latent_queries.to(rows[0])
+        padded = rows[0].new_zeros(len(rows), max(lengths) + count, rows[0].shape[-1])
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            padded[index, :length] = row
+            padded[index, length : length + count] = queries[0]
+        position_ids = None
+        if positions is not None:
+            position_ids = torch.zeros(3, *padded.shape[:2], dtype=torch.long, device=padded.device)
+            for index, position in enumerate(positions):
+                position_ids[:, index, : position.shape[1]] = position
+        states = self.decode(padded, position_ids)
+        return torch.stack([states[index, length : length + count] for index, length in enumerate(lengths)])
+
+    def decode(self, embedded: Tensor, position_ids: Tensor | None = None, cache=None) -> Tensor:
+        """embedded (B, N, H), position_ids (3, B, N) -> states (B, N, H) after the final norm, no logits.
+
+        Args:
+            cache: a transformers `DynamicCache` that holds what comes before, and is extended.
+        """
+        self.language_model.rotary_emb.to(embedded.device)
+        return self.language_model(
+            inputs_embeds=embedded, position_ids=position_ids, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+
+def vision_config(config: Mapping[str, Any], source: object):
+    """`Qwen2_5_VLVisionConfig` from a published config.json. Raises CheckpointError naming `source` if there is none."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+    fields = config.get("vision_config")
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"{source}: has no vision_config, so the vision tower can't be built. Take config.json from the "
+                              "repository of the weights.")
+    known = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size", "spatial_merge_size",
+             "temporal_patch_size", "tokens_per_second", "window_size", "out_hidden_size", "fullatt_block_indexes")  # fmt: skip
+    result = Qwen2_5_VLVisionConfig(**{name: fields[name] for name in known if name in fields})
+    result._attn_implementation = "sdpa"
+    return result
+
+
+class VisionTower(nn.Module):
+    """transformers' Qwen2.5-VL vision transformer: patches -> one feature per 2 x 2 cell, in the width of the backbone."""
+
+    def __init__(self, config) -> None:
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+        super().__init__()
+        self.network = Qwen2_5_VisionTransformerPretrainedModel(config)
+
+    @classmethod
+    def empty(cls, config) -> "VisionTower":
+        """Without weights, on the meta device, to be filled."""
+        _import_network_code()
+        with torch.device("meta"):
+            return cls(config)
+
+    def rebuild_rotary_table(self) -> None:
+        """As in `Backbone`: the table has no values after construction on the meta device."""
+        config, kind = self.network.config, type(self.network.rotary_pos_emb)
+        old = _transformers_major() < 5
+        self.network.rotary_pos_emb = kind(config.hidden_size // config.num_heads // 2) if old else kind(config)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches per cell, along each axis."""
+        return self.network.config.spatial_merge_size
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """pixel_values (sum of t * h * w, 1176), grid_thw (images, 3) -> features (sum of t * h * w / 4, H), image after image."""
+        self.network.rotary_pos_emb.to(pixel_values.device)
+        output = self.network(pixel_values, grid_thw=grid_thw)
+        return output if isinstance(output, Tensor) else output.pooler_output  # transformers 4, 5
+
+
+class TiedHead(nn.Module):
+    """States -> logits with the embedding matrix of the backbone, which stays the backbone's: no parameter of its own."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self._backbone = [backbone]  # in a list, so that it is no submodule
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, H) -> (B, vocabulary)."""
+        return F.linear(states, self._backbone[0].language_model.embed_tokens.weight.to(states))
+
+
+def _transformers_major() -> int:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0])
+
+
+def _import_network_code() -> None:
+    """Before the meta context: what transformers and torch import lazily must not be built under it."""
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401

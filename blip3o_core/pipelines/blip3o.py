@@ -8,20 +8,26 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint.load import OnLoad
-from ..errors import Blip3oError, InputError
+from ..errors import Blip3oError, CheckpointError, InputError
+from ..images import eva_pixel_values, to_rgb_images
+from ..models.eva_clip import EvaClip
 from ..models.nextdit import Condition, NextDiT
-from ..models.qwen2_5_vl import QueryEncoder
+from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.sdxl import SdxlDecoder
 from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
 from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
 from ..sampling.noise import require_seed, seeded_noise
 from ..variants.blip3o import Blip3oCheckpoint
+from ..variants.eva_clip import EvaClipCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
+from .chat import MAX_NEW_TOKENS, Chat, OnToken
+from .edit import DrawingChat, edit, vary
+from .language import PUBLISHED_IMAGE_SIZE, encode_prompts
 
 EMBEDDING_GRID = 8  # an embedding is 8 x 8 tokens
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -38,15 +44,19 @@ class Blip3oPipeline:
     """One checkpoint, opened and checked; every network is loaded when it is first needed and then kept."""
 
     def __init__(
-        self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *,
-        device: torch.device, dtype: torch.dtype, on_load: OnLoad | None = None,
+        self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *, device: torch.device,
+        dtype: torch.dtype, vision_source: EvaClipCheckpoint | None = None, on_load: OnLoad | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.decoder_checkpoint = decoder_checkpoint
         self.device = device
         self.dtype = dtype
         self._on_load = on_load
-        self._query_encoder: QueryEncoder | None = None
+        self._vision_source = vision_source
+        self._backbone: Backbone | None = None
+        self._vision_tower: VisionTower | None = None
+        self._output_head: nn.Module | None = None
+        self._vision_encoder: EvaClip | None = None
         self._dit: NextDiT | None = None
         self._decoder: SdxlDecoder | None = None
         self._null_embeddings: dict[tuple, Tensor] = {}
@@ -54,7 +64,7 @@ class Blip3oPipeline:
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-        decoder: str | Path | None = None, *, on_load: OnLoad | None = None,
+        decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *, on_load: OnLoad | None = None,
     ) -> "Blip3oPipeline":  # fmt: skip
         """Opens a checkpoint folder of the published layout. Only local files are read.
 
@@ -63,6 +73,7 @@ class Blip3oPipeline:
             device: None or "auto" takes an accelerator if there is one.
             dtype: None or "auto" is float32 on the CPU and bfloat16 elsewhere.
             decoder: another folder with unet/, vae/, scheduler/; None takes `diffusion-decoder/` of `path` if it exists.
+            vision_encoder: folder or file of the EVA-CLIP tower; None takes the one inside the checkpoint when it is needed.
             on_load: (component, bytes read, bytes in all) while weights are loaded.
         Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings.
         """
@@ -76,7 +87,11 @@ class Blip3oPipeline:
                 raise InputError(f"{decoder_checkpoint.folder}: this decoder reads embeddings of width "
                                  f"{decoder_checkpoint.embedding_width}, {checkpoint.folder} makes width "
                                  f"{checkpoint.dit_config.in_channels}. Use the decoder of the same family.")
-        return cls(checkpoint, decoder_checkpoint, device=device, dtype=resolve_dtype(dtype, device), on_load=on_load)
+        vision_source = None if vision_encoder is None else EvaClipCheckpoint.open(vision_encoder)
+        if vision_source is not None:
+            _require_width(vision_source, checkpoint)
+        return cls(checkpoint, decoder_checkpoint, device=device, dtype=resolve_dtype(dtype, device), vision_source=vision_source,
+                   on_load=on_load)  # fmt: skip
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -84,13 +99,47 @@ class Blip3oPipeline:
         return self.checkpoint.tokenizer
 
     @property
-    def query_encoder(self) -> QueryEncoder:
+    def backbone(self) -> Backbone:
         """Language backbone and learned queries."""
-        if self._query_encoder is None:
-            self._query_encoder = self.checkpoint.load_query_encoder(
+        if self._backbone is None:
+            self._backbone = self.checkpoint.load_backbone(
                 dtype=self.dtype, device=self.device, on_load=self._on_load
             )
-        return self._query_encoder
+        return self._backbone
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The backbone's own eyes: images inside prompts. Not the encoder of embeddings."""
+        if self._vision_tower is None:
+            self._vision_tower = self.checkpoint.load_vision_tower(dtype=self.dtype, device=self.device, on_load=self._on_load)
+        return self._vision_tower
+
+    @property
+    def output_head(self) -> nn.Module:
+        """States -> logits, for text."""
+        if self._output_head is None:
+            self._output_head = self.checkpoint.load_output_head(
+                self.backbone, dtype=self.dtype, device=self.device, on_load=self._on_load
+            )
+        return self._output_head
+
+    @property
+    def vision_encoder(self) -> EvaClip:
+        """EVA-CLIP: `vision_encoder(pixel_values (B, 3, 448, 448))` -> embeddings (B, C, 8, 8).
+
+        Raises CheckpointError if neither `vision_encoder=` nor the checkpoint has one.
+        """
+        if self._vision_encoder is None:
+            source = self._vision_source
+            if source is None:
+                entries = self.checkpoint.components["vision_encoder"]
+                if not entries:
+                    raise CheckpointError(f"{self.checkpoint.folder}: the shards hold no EVA-CLIP tower, which turns images into "
+                                          "embeddings. Give it with vision_encoder= (repository eva_clip_vision_tower).")
+                source = EvaClipCheckpoint.from_entries(entries, self.checkpoint.folder)
+                _require_width(source, self.checkpoint)
+            self._vision_encoder = source.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
+        return self._vision_encoder
 
     @property
     def dit(self) -> NextDiT:
@@ -109,24 +158,35 @@ class Blip3oPipeline:
         return self._decoder
 
     @torch.inference_mode()
-    def encode_prompt(self, prompts: Sequence[str] | str, *, template: bool = True) -> Tensor:
+    def encode_prompt(
+        self, prompts: Sequence[str] | str, *, template: bool = True, images: Sequence | None = None,
+        image_size: tuple[int, int] | None = PUBLISHED_IMAGE_SIZE, positions: str = "arange",
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Prompts -> query states (B, Q, H) in the dtype of the pipeline; a batch gives the same rows as single runs.
 
         Args:
-            template: put each prompt in the generation frame of the reference; False takes raw text (the null prompt).
-        Raises: InputError for an empty or too long prompt.
+            template: put each prompt in the frame of the reference; False takes raw text (the null prompt).
+            images: for each prompt its images (PIL or float tensors in 0..1, one or a list), which it then edits or describes.
+            image_size: (width, height) that images are brought to first, 448 x 448 as in the published pipeline; None keeps theirs.
+            positions: "arange" as in the reference, or "mrope": image cells by row and column, as in understanding.
+            pixel_values, image_grid_thw: images preprocessed by the caller; the text is then complete, pads included
+                (template=False), and special tokens in it count.
+        Raises: InputError for an empty or too long prompt, or images that don't fit it.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise InputError("no prompt was given. Pass at least one.")
-        rows = self._prompt_ids(prompts, template=template)
-        return self._finite(self.query_encoder(rows), "query states")
+        rows = None if images is None else [to_rgb_images(own) if own is not None else [] for own in images]
+        states = encode_prompts(self, prompts, template=template, images=rows, image_size=image_size, positions=positions,
+                                pixel_values=pixel_values, image_grid_thw=image_grid_thw, max_tokens=self.max_prompt_tokens)  # fmt: skip
+        return self._finite(states, "query states")
 
     @torch.inference_mode()
     def sample_embeddings(
         self, q: Tensor, *, steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", shift: float = 1.0,
         truncate_timesteps: bool | None = None, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
-        on_step: OnStep | None = None, stage: str = "embedding",
+        init: Tensor | None = None, strength: float = 1.0, on_step: OnStep | None = None, stage: str = "embedding",
     ) -> Tensor:  # fmt: skip
         """Query states (B, Q, H) -> CLIP embeddings (B, C, 8, 8) float32.
 
@@ -137,15 +197,22 @@ class Blip3oPipeline:
             truncate_timesteps: integer timesteps as in the reference. None: for euler yes, else no, since a higher order
                 is lost on a velocity that is rounded in time.
             noise: (B, C, 8, 8) start noise; None draws it from `seeds`, one per row (default 0, 1, 2, ...).
+            init, strength: an embedding (B or 1, C, 8, 8) to start from, noised so far that strength = 1 keeps nothing of it.
         Raises: InputError for values out of range, before anything is computed.
         """
         require_solver(solver)
         _require_guidance(guidance_scale)
-        sigmas = flow_sigmas(steps, shift)
+        sigmas = flow_sigmas(steps, shift, strength)
         if q.ndim != 3 or q.shape[-1] != self.checkpoint.dit_config.context_dim:
             raise InputError(f"query states have shape {tuple(q.shape)}, expected (batch, queries, "
                              f"{self.checkpoint.dit_config.context_dim}) as from encode_prompt.")
         x = self._start_noise(noise, seeds, (len(q), self.checkpoint.dit_config.in_channels, EMBEDDING_GRID, EMBEDDING_GRID))
+        if init is not None:
+            if init.ndim != 4 or len(init) not in (1, len(x)) or init.shape[1:] != x.shape[1:]:
+                raise InputError(f"init has shape {tuple(init.shape)}, expected {tuple(x.shape)}, as from embed_image.")
+            x = sigmas[0] * x + (1 - sigmas[0]) * init.to(x)
+        elif strength != 1:
+            raise InputError(f"strength={strength} needs an embedding to start from: init.")
         truncate = solver == "euler" if truncate_timesteps is None else truncate_timesteps
         velocity = self._guided_velocity(q.to(self.device, self.dtype), guidance_scale, truncate)
         watch = None if on_step is None else lambda done, total, _: on_step(stage, done, total)
@@ -244,6 +311,58 @@ class Blip3oPipeline:
         _require_guidance(guidance_scale)
         self._require_decoding_arguments(decoder_steps, decoder_guidance_scale, width, height, negative, output_type)
 
+    @torch.inference_mode()
+    def embed_image(self, images) -> Tensor:
+        """Images (PIL or float tensors in 0..1, one or a list) -> CLIP embeddings (B, C, 8, 8) float32, the form that is sampled.
+
+        Short side to 448 pixels, centre crop, as the training targets were made.
+        """
+        pixel_values = eva_pixel_values(to_rgb_images(images), size=self.vision_encoder.config.image_size)
+        return self._finite(self.vision_encoder(pixel_values.to(self.device, self.dtype)).float(), "embedding")
+
+    @torch.inference_mode()
+    def zero_image_embedding(self) -> Tensor:
+        """Embedding of a zero pixel tensor (mean colour) (1, C, 8, 8): the null of reconstruction. Encoded once."""
+        key = ("zero image",)
+        if key not in self._null_embeddings:
+            side = self.vision_encoder.config.image_size
+            zeros = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+            self._null_embeddings[key] = self.vision_encoder(zeros).float()
+        return self._null_embeddings[key]
+
+    def reconstruct(self, images, *, seeds: Sequence[int] | None = None, **decoding) -> list[Image.Image] | Tensor:
+        """Images -> embeddings -> pictures, guided away from the zero image. `decoding` as in `decode_embeddings`."""
+        return self.decode_embeddings(self.embed_image(images), negative=decoding.pop("negative", self.zero_image_embedding()),
+                                      seeds=seeds, **decoding)  # fmt: skip
+
+    def edit(
+        self, images: Sequence, instructions: Sequence[str | Sequence[str]], *, seeds: Sequence[int] | None = None,
+        strength: float = 1.0, **settings,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Changes pictures as told: see `pipelines.edit.edit`."""
+        return edit(self, images, instructions, seeds=seeds, strength=strength, **settings)
+
+    def vary(self, images: Sequence, *, seeds: Sequence[int], strength: float = 0.6, **settings) -> list[Image.Image]:
+        """Pictures like the given ones: see `pipelines.edit.vary`."""
+        return vary(self, images, seeds=seeds, strength=strength, **settings)
+
+    def ask(
+        self, question: str, images: Sequence | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0,
+        top_p: float | None = None, top_k: int | None = None, seed: int = 0, system: str | None = None,
+        on_token: OnToken | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, return_ids: bool = False,
+    ) -> str | list[int]:  # fmt: skip
+        """Answers a question about images, or about nothing but text. Arguments as in `Chat.say`."""
+        return Chat(self, system).say(
+            question, images, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            on_token=on_token, min_pixels=min_pixels, max_pixels=max_pixels, pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw, return_ids=return_ids,
+        )  # fmt: skip
+
+    def chat(self, system: str | None = None) -> "DrawingChat":
+        """A conversation that reads, writes and draws."""
+        return DrawingChat(self, system)
+
     def describe(self) -> dict[str, str]:
         """What a recipe must say besides its settings."""
         decoder = self.decoder_checkpoint
@@ -257,9 +376,12 @@ class Blip3oPipeline:
         }
 
     def _prompt_ids(self, prompts: Sequence[str], *, template: bool) -> list[list[int]]:
-        config = self.checkpoint.text_config
-        longest = config.max_position_embeddings - 1 - self.checkpoint.num_queries
-        return [self.tokenizer.generation_ids(prompt, template=template, max_tokens=longest) for prompt in prompts]
+        return [self.tokenizer.generation_ids(prompt, template=template, max_tokens=self.max_prompt_tokens) for prompt in prompts]
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The context less `[IMG]` and the queries."""
+        return self.checkpoint.text_config.max_position_embeddings - 1 - self.checkpoint.num_queries
 
     def _guided_velocity(self, q: Tensor, guidance_scale: float, truncate: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity the solvers integrate. Conditions are projected here, once for all steps."""
@@ -332,3 +454,10 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 def _require_guidance(guidance_scale: float) -> None:
     if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= 100:
         raise InputError(f"guidance_scale={guidance_scale!r} is not a number in 0..100; the reference uses 3.0.")
+
+
+def _require_width(vision_encoder: EvaClipCheckpoint, checkpoint: Blip3oCheckpoint) -> None:
+    width = checkpoint.dit_config.in_channels
+    if vision_encoder.config.width != width:
+        raise InputError(f"this vision encoder makes embeddings of width {vision_encoder.config.width}, {checkpoint.folder} works "
+                         f"with width {width}. Use the EVA-CLIP tower of the same family.")

@@ -22,16 +22,23 @@ OnStep = Callable[[int, int, Tensor], None]
 """(steps done, steps in all, estimate of the result): progress and previews; raise in it to cancel."""
 
 
-def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
-    """(steps + 1,) float32, falling from 1 to 1 / steps and then 0; shift > 1 spends more steps near the noise.
+def flow_sigmas(steps: int, shift: float = 1.0, strength: float = 1.0) -> Tensor:
+    """(steps + 1,) float32, falling to 0.
 
-    Raises: InputError unless 1 <= steps <= 1000 and shift > 0.
+    Args:
+        shift: above 1 spends more steps near the noise.
+        strength: 1 starts from pure noise; below, the schedule is the end of a longer one (as ComfyUI's `denoise`), for a
+            start between data and noise.
+    Raises: InputError unless 1 <= steps <= 1000, shift > 0 and 0 < strength <= 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps={steps!r} is not an integer in 1..{MAX_STEPS}.")
     if not 0 < shift < float("inf"):
         raise InputError(f"shift={shift!r} is not a positive number; the published models use 1.0.")
-    sigma = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise InputError(f"strength={strength!r} is not in 0..1; 1 keeps nothing of the start.")
+    total = int(steps / strength)
+    sigma = torch.arange(total, 0, -1, dtype=torch.float64)[-steps:] / total
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return torch.cat((sigma, sigma.new_zeros(1))).float()
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
 from ..checkpoint.shards import TensorEntry, open_shards
 from ..errors import CheckpointError
 from ..models.nextdit import NextDiT, NextDiTConfig
-from ..models.qwen2_5_vl import QueryEncoder, text_config
+from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
@@ -29,9 +30,9 @@ KEY_TABLE: tuple[tuple[str, str, str], ...] = (
     ("model.layers.", "language_model", "language_model.layers."),
     ("model.norm.", "language_model", "language_model.norm."),
     ("model.language_model.", "language_model", "language_model."),  # re-saved by transformers >= 4.52
-    ("model.visual.", "vision_tower", ""),
-    ("visual.", "vision_tower", ""),
-    ("lm_head.", "output_head", "lm_head."),
+    ("model.visual.", "vision_tower", "network."),
+    ("visual.", "vision_tower", "network."),
+    ("lm_head.", "output_head", ""),
     ("model.vae.", SKIPPED, ""),  # a FLUX autoencoder that early training scripts attached; no path uses it
     ("model.down_projector.", SKIPPED, ""),
     ("model.noise_scheduler.", SKIPPED, ""),
@@ -69,8 +70,8 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{folder}: config.json says {config['model_type']}, but the weights hold no tensor of: "
                                   f"{', '.join(absent)}. Download the complete BLIP3-o repository.")
         checkpoint = cls(folder, config, components)
-        encoder, dit = checkpoint._empty_query_encoder(), checkpoint._empty_dit()
-        require_matching("language backbone", folder, expected_shapes(encoder), checkpoint._query_entries)
+        encoder, dit = checkpoint._empty_backbone(), checkpoint._empty_dit()
+        require_matching("language backbone", folder, expected_shapes(encoder), checkpoint._backbone_entries)
         require_matching("diffusion transformer", folder, expected_shapes(dit), components["dit"])
         if checkpoint.dit_config.context_dim != encoder.language_model.config.hidden_size:
             raise CheckpointError(f"{folder}: the diffusion transformer reads states of width "
@@ -101,14 +102,44 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{self.folder}: model.latent_queries is {list(shape)}, expected [1, queries, width].")
         return shape[1]
 
-    def load_query_encoder(
+    def load_backbone(
         self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
-    ) -> QueryEncoder:
+    ) -> Backbone:
         """Language model without output head, and the queries; nothing else is read."""
-        encoder = fill(self._empty_query_encoder(), self._query_entries, component="language backbone", source=self.folder,
+        encoder = fill(self._empty_backbone(), self._backbone_entries, component="language backbone", source=self.folder,
                        dtype=dtype, device=device, on_load=on_load)  # fmt: skip
         encoder.rebuild_rotary_table()
         return encoder
+
+    def load_vision_tower(
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+    ) -> VisionTower:
+        """The understanding encoder. Raises CheckpointError if the shards were saved without it."""
+        if not self.components["vision_tower"]:
+            raise CheckpointError(f"{self.folder}: the shards hold no vision tower (visual.*), so images can't be read. "
+                                  "Download the complete BLIP3-o repository.")
+        tower = VisionTower.empty(vision_config(self.config, self.folder / "config.json"))
+        fill(tower, self.components["vision_tower"], component="vision tower", source=self.folder,
+             dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+        tower.rebuild_rotary_table()
+        return tower
+
+    def load_output_head(
+        self, backbone: Backbone, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+    ) -> nn.Module:
+        """States -> logits. Models with tied embeddings share the matrix of `backbone`; nothing is read then.
+
+        Raises CheckpointError if an untied model comes without the head.
+        """
+        if self.components["output_head"]:
+            with torch.device("meta"):
+                head = nn.Linear(self.text_config.hidden_size, self.text_config.vocab_size, bias=False)
+            return fill(head, self.components["output_head"], component="output head", source=self.folder,
+                        dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+        if not self.config.get("tie_word_embeddings", False):
+            raise CheckpointError(f"{self.folder}: the shards hold no lm_head.weight, which this model needs to write text. "
+                                  "Download the complete BLIP3-o repository.")
+        return TiedHead(backbone)
 
     def load_dit(self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> NextDiT:
         """The diffusion transformer alone."""
@@ -118,11 +149,11 @@ class Blip3oCheckpoint:
         return dit
 
     @property
-    def _query_entries(self) -> dict[str, TensorEntry]:
+    def _backbone_entries(self) -> dict[str, TensorEntry]:
         return {**self.components["language_model"], **self.components["queries"]}
 
-    def _empty_query_encoder(self) -> QueryEncoder:
-        return QueryEncoder.empty(self.text_config, self.num_queries)
+    def _empty_backbone(self) -> Backbone:
+        return Backbone.empty(self.text_config, self.num_queries)
 
     def _empty_dit(self) -> NextDiT:
         with torch.device("meta"):

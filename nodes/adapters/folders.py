@@ -8,6 +8,7 @@ from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.variants.sdxl_decoder import find_sdxl_decoder
 
 FOLDER_TYPE = "blip3o"
+CLIP_VISION = "clip_vision/"  # marks single files among the names of vision encoders
 MAX_DEPTH = 2  # models/blip3o/NAME, or models/blip3o/OWNER/NAME as a hub download lays it out
 
 
@@ -30,6 +31,21 @@ def list_sdxl_decoders() -> list[str]:
     return sorted(name for name, decoder in found.items() if found.get(PurePosixPath(name).parent.as_posix()) != decoder)
 
 
+def list_vision_encoders() -> list[str]:
+    """Folders that may hold an EVA-CLIP tower (a checkpoint, or the repository of the tower), and files in clip_vision, sorted."""
+    found = [name for name, path in _candidates() if any(path.glob("*.safetensors")) or (path / "pytorch_model.bin").is_file()]
+    return sorted(found) + [CLIP_VISION + name for name in folder_paths.get_filename_list("clip_vision")]
+
+
+def resolve_vision_encoder(name: str) -> Path:
+    """The folder or file of a picked vision encoder. Raises CheckpointError for a name that the listing doesn't have."""
+    if not name.startswith(CLIP_VISION):
+        return resolve(name)
+    if name not in list_vision_encoders():
+        raise CheckpointError(f"{name!r} is not in models/clip_vision (any more). Press R to refresh the list.")
+    return Path(folder_paths.get_full_path_or_raise("clip_vision", name.removeprefix(CLIP_VISION)))
+
+
 def resolve(name: str) -> Path:
     """The folder of a picked name. Raises CheckpointError for a name that the listing doesn't have."""
     for candidate, path in _candidates():
@@ -40,8 +56,10 @@ def resolve(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes when a weight or configuration file in `folder` or its decoder is replaced."""
-    files = sorted(path for pattern in ("*.safetensors", "*.json", "*/*/*.safetensors", "*/*.safetensors", "*/*/*.json", "*/*.json")
+    """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced."""
+    if folder.is_file():
+        return f"{folder.name}:{folder.stat().st_mtime_ns}:{folder.stat().st_size}"
+    files = sorted(path for pattern in ("*.bin", "*.safetensors", "*.json", "*/*/*.safetensors", "*/*.safetensors", "*/*/*.json", "*/*.json")
                    for path in folder.glob(pattern))  # fmt: skip
     return ";".join(f"{path.relative_to(folder)}:{path.stat().st_mtime_ns}:{path.stat().st_size}" for path in files)
 

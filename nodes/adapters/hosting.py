@@ -1,6 +1,6 @@
 """transformers and diffusers modules under the host's memory management."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import comfy.ldm.models.autoencoder
 import comfy.model_management as model_management
@@ -8,19 +8,25 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
 from torch import Tensor, nn
 
-from ...blip3o_core.models.qwen2_5_vl import QueryEncoder
+from ...blip3o_core.images import eva_pixel_values
+from ...blip3o_core.models.qwen2_5_vl import Backbone, VisionTower
 from ...blip3o_core.models.sdxl import vae_factor
+from ...blip3o_core.pipelines.language import encode_prompts
 from ...blip3o_core.prompts import PromptTokenizer
 
 HOST_LAYERS = {
     nn.Linear: comfy.ops.manual_cast.Linear,
     nn.Embedding: comfy.ops.manual_cast.Embedding,
     nn.Conv2d: comfy.ops.manual_cast.Conv2d,
+    nn.Conv3d: comfy.ops.manual_cast.Conv3d,
     nn.GroupNorm: comfy.ops.manual_cast.GroupNorm,
     nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
 }
+LoadPatcher = Callable[[Backbone], ModelPatcher]
 ACTIVATIONS_PER_TOKEN = 24  # peak activations of one decoder block in units of the hidden width, rounded up
 
 
@@ -42,26 +48,94 @@ def use_host_layers(module: nn.Module) -> nn.Module:
 
 
 class HostedBackbone:
-    """The language backbone on its socket: a ModelPatcher that the host loads, streams and frees, and the tokenizer."""
+    """The language side of a checkpoint on its socket: ModelPatchers that the host loads, streams and frees, and the tokenizer.
 
-    def __init__(self, patcher: comfy.model_patcher.ModelPatcher, tokenizer: PromptTokenizer) -> None:
+    Satisfies `LanguageModels`, so prompts and conversations run the same code as headless. Vision tower and output head are
+    read from the checkpoint when a node first needs them.
+    """
+
+    def __init__(self, patcher: ModelPatcher, tokenizer: PromptTokenizer, load_vision: LoadPatcher, load_head: LoadPatcher) -> None:
         self.patcher = patcher
         self.tokenizer = tokenizer
+        self._load_vision, self._load_head = load_vision, load_head
+        self._vision_patcher: ModelPatcher | None = None
+        self._head_patcher: ModelPatcher | None = None
 
     @property
-    def query_encoder(self) -> QueryEncoder:
+    def device(self) -> torch.device:
+        """Where the host computes."""
+        return self.patcher.load_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where the device computes in it, else float32; float16 overflows in this model."""
+        return torch.bfloat16 if model_management.should_use_bf16(self.device) else torch.float32
+
+    @property
+    def backbone(self) -> Backbone:
         return self.patcher.model
 
-    def encode_prompts(self, prompts: Sequence[str], *, template: bool) -> Tensor:
-        """Prompts -> query states (B, 64, H) float32, on the host's intermediate device. Raises InputError."""
-        rows = [self.tokenizer.generation_ids(prompt, template=template, max_tokens=self.query_encoder.max_tokens)
-                for prompt in prompts]  # fmt: skip
+    @property
+    def vision_tower(self) -> VisionTower:
+        if self._vision_patcher is None:
+            self._vision_patcher = self._load_vision(self.backbone)
+        return self._vision_patcher.model
+
+    @property
+    def output_head(self) -> nn.Module:
+        if self._head_patcher is None:
+            self._head_patcher = self._load_head(self.backbone)
+        return self._head_patcher.model
+
+    def encode_prompts(self, prompts: Sequence[str], **arguments) -> Tensor:
+        """Prompts -> query states (B, 64, H) float32, on the host's intermediate device. Arguments of `language.encode_prompts`."""
+        longest = self.backbone.context_tokens - 1 - self.backbone.num_queries
+        for prompt in prompts:  # before weights move
+            self.tokenizer.generation_ids(prompt, template=arguments.get("template", True), max_tokens=longest)
+        images = sum(len(row) for row in arguments.get("images") or [])
+        self.load(tokens=sum(map(len, prompts)) + 512 * (images + 1), vision=images > 0)
+        states = encode_prompts(self, prompts, max_tokens=longest, **arguments)
+        return states.to(model_management.intermediate_device(), torch.float32)
+
+    def load(self, *, tokens: int, vision: bool = False, head: bool = False) -> None:
+        """Asks the host to make room for the networks that are needed and for `tokens` of activations, and to load them."""
+        patchers = [self.patcher]
+        if vision:
+            patchers += [self._vision_patcher] if self.vision_tower is not None else []
+        if head:
+            patchers += [self._head_patcher] if self.output_head is not None else []
+        width = self.backbone.latent_queries.shape[-1]
+        model_management.load_models_gpu(patchers, memory_required=tokens * width * ACTIVATIONS_PER_TOKEN * self.dtype.itemsize)
+
+
+class HostedVisionEncoder:
+    """EVA-CLIP on its socket."""
+
+    def __init__(self, patcher: ModelPatcher) -> None:
+        self.patcher = patcher
+
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images -> embeddings (B, C, 8, 8) float32, one image at a time, on the host's intermediate device."""
+        config = self.patcher.model.config
+        pixels = eva_pixel_values(list(images), size=config.image_size)
+        return self._encode(pixels)
+
+    def embed_zero_image(self) -> Tensor:
+        """Embedding of the zero pixel tensor (1, C, 8, 8): the null of reconstruction."""
+        side = self.patcher.model.config.image_size
+        return self._encode(torch.zeros(1, 3, side, side))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         device = self.patcher.load_device
         dtype = torch.bfloat16 if model_management.should_use_bf16(device) else torch.float32
-        width = self.query_encoder.latent_queries.shape[-1]
-        tokens = len(rows) * (max(map(len, rows)) + self.query_encoder.latent_queries.shape[1])
-        model_management.load_models_gpu([self.patcher], memory_required=tokens * width * ACTIVATIONS_PER_TOKEN * dtype.itemsize)
-        return self.query_encoder(rows, device=device, dtype=dtype).to(model_management.intermediate_device(), torch.float32)
+        config = self.patcher.model.config
+        tokens = (config.image_size // config.patch_size) ** 2
+        model_management.load_models_gpu([self.patcher], memory_required=tokens * config.width * ACTIVATIONS_PER_TOKEN * dtype.itemsize)
+        rows = []
+        for image in pixels:
+            model_management.throw_exception_if_processing_interrupted()
+            rows.append(self.patcher.model(image[None].to(device, dtype)).float())
+        return torch.cat(rows).to(model_management.intermediate_device())
 
 
 class HostedAutoencoder(nn.Module):

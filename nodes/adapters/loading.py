@@ -10,19 +10,34 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
+from torch import nn
 
 from ...blip3o_core.checkpoint.load import fill, require_finite
 from ...blip3o_core.checkpoint.shards import TensorEntry, read_tensor
 from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.variants.blip3o import Blip3oCheckpoint
+from ...blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from ...blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
-from .hosting import HostedBackbone, host_vae, use_host_layers
+from .hosting import HostedBackbone, HostedVisionEncoder, host_vae, use_host_layers
 from .model_configs import NextDiTModelConfig, SdxlDecoderModelConfig
+from .progress import LoadProgress
 
 
 def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
-    """Language model and queries as stored, memory-mapped; the host decides where they live."""
-    return HostedBackbone(_backbone_patcher(checkpoint), checkpoint.tokenizer)
+    """The language side as stored, memory-mapped; the host decides where it lives."""
+    return HostedBackbone(
+        _backbone_patcher(checkpoint), checkpoint.tokenizer,
+        load_vision=lambda _: _text_side_patcher(checkpoint.load_vision_tower(dtype=None, on_load=LoadProgress()), False),
+        load_head=lambda backbone: _text_side_patcher(checkpoint.load_output_head(backbone, dtype=None, on_load=LoadProgress()), False),
+    )  # fmt: skip
+
+
+def load_vision_encoder(source: EvaClipCheckpoint) -> HostedVisionEncoder:
+    """EVA-CLIP as stored; runs where the host runs diffusion models."""
+    encoder = use_host_layers(source.load(dtype=None, on_load=LoadProgress()))
+    return HostedVisionEncoder(_patcher_class(False)(
+        encoder, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()
+    ))  # fmt: skip
 
 
 def load_dit(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
@@ -34,12 +49,16 @@ def load_dit(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> Mod
 
 
 def _backbone_patcher(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
-    encoder = use_host_layers(checkpoint.load_query_encoder(dtype=None, on_load=_LoadProgress()))
-    patcher = _patcher_class(disable_dynamic)(
-        encoder, load_device=model_management.text_encoder_device(), offload_device=model_management.text_encoder_offload_device()
-    )
+    patcher = _text_side_patcher(checkpoint.load_backbone(dtype=None, on_load=LoadProgress()), disable_dynamic)
     patcher.cached_patcher_init = (_reload_backbone, (checkpoint.folder,))
     return patcher
+
+
+def _text_side_patcher(network: nn.Module, disable_dynamic: bool) -> ModelPatcher:
+    return _patcher_class(disable_dynamic)(
+        use_host_layers(network), load_device=model_management.text_encoder_device(),
+        offload_device=model_management.text_encoder_offload_device(),
+    )  # fmt: skip
 
 
 def _reload_backbone(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
@@ -73,7 +92,7 @@ def load_sdxl_vae(checkpoint: SdxlDecoderCheckpoint) -> comfy.sd.VAE:
     """The decoder's VAE as a native VAE, in the precision that the host picks for VAEs (never float16)."""
     dtype = model_management.vae_dtype(model_management.vae_device(), [torch.bfloat16, torch.float32])
     autoencoder = fill(checkpoint.empty_vae(), checkpoint.vae, component="decoder's VAE", source=checkpoint.folder / "vae",
-                       dtype=dtype, on_load=_LoadProgress())  # fmt: skip
+                       dtype=dtype, on_load=LoadProgress())  # fmt: skip
     return host_vae(autoencoder)
 
 
@@ -99,21 +118,10 @@ def _patcher_class(disable_dynamic: bool) -> type[ModelPatcher]:
 
 def _read(entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
     """Tensors as stored, memory-mapped, each checked for nan; cancellable."""
-    progress, total, done, tensors = _LoadProgress(), sum(entry.nbytes for entry in entries.values()), 0, {}
+    progress, total, done, tensors = LoadProgress(), sum(entry.nbytes for entry in entries.values()), 0, {}
     for name, entry in entries.items():
         tensors[name] = read_tensor(entry)
         require_finite(entry, tensors[name])
         done += entry.nbytes
         progress("", done, total)
     return tensors
-
-
-class _LoadProgress:
-    """The node's progress bar while weights are read; cancels between two tensors."""
-
-    def __init__(self) -> None:
-        self._bar = comfy.utils.ProgressBar(100)
-
-    def __call__(self, component: str, done: int, total: int) -> None:
-        model_management.throw_exception_if_processing_interrupted()
-        self._bar.update_absolute(100 * done // total)
