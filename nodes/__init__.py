@@ -4,9 +4,10 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .adapters.folders import register_folders
 from .conditioning import Blip3oEmbeddingToConditioning, Blip3oTextEncode
-from .embeddings import Blip3oEmptyEmbedding
-from .loaders import Blip3oCheckpointLoader, Blip3oSDXLDecoderLoader
+from .embeddings import Blip3oEmbeddingPreview, Blip3oEmptyEmbedding, Blip3oImageEncode, Blip3oMixEmbeddings
+from .loaders import Blip3oCheckpointLoader, Blip3oSDXLDecoderLoader, Blip3oVisionEncoderLoader
 from .sampling import Blip3oScheduler
+from .understanding import Blip3oAsk, Blip3oChat
 
 
 class Blip3oExtension(ComfyExtension):
@@ -18,11 +19,17 @@ class Blip3oExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Blip3oCheckpointLoader,
+            Blip3oVisionEncoderLoader,
             Blip3oTextEncode,
             Blip3oEmptyEmbedding,
+            Blip3oImageEncode,
+            Blip3oMixEmbeddings,
+            Blip3oEmbeddingPreview,
             Blip3oScheduler,
             Blip3oSDXLDecoderLoader,
             Blip3oEmbeddingToConditioning,
+            Blip3oAsk,
+            Blip3oChat,
         ]
 
 

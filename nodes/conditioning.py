@@ -4,8 +4,12 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..blip3o_core.errors import InputError
+from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.models.sdxl import ORIGINAL_SIZE
+from ..blip3o_core.pipelines.language import POSITIONS, PUBLISHED_IMAGE_SIZE
 from .adapters import io_types
+
+PUBLISHED_SIZE, OWN_SIZE = "448 x 448", "original"
 
 
 class Blip3oTextEncode(io.ComfyNode):
@@ -34,6 +38,28 @@ class Blip3oTextEncode(io.ComfyNode):
                     tooltip="On: the prompt is put in the frame that the model was trained with. Off: raw text; a single "
                     "space is the null prompt of the decoder.",
                 ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures that the prompt is about: it then is an instruction, such as: make the sky purple. A batch "
+                    "is several pictures in one prompt, in order.",
+                ),
+                io.Combo.Input(
+                    "image_size",
+                    options=[PUBLISHED_SIZE, OWN_SIZE],
+                    default=PUBLISHED_SIZE,
+                    advanced=True,
+                    tooltip="448 x 448 squeezes every picture to 256 tokens, as the reference does. original keeps its size and "
+                    "shape, which shows more detail and takes more tokens.",
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=list(POSITIONS),
+                    default=POSITIONS[0],
+                    advanced=True,
+                    tooltip="arange counts all tokens in a row, as the reference does when it draws. mrope gives picture tokens "
+                    "rows and columns, as in understanding.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="Query states of the prompt, 64 tokens."),
@@ -44,8 +70,12 @@ class Blip3oTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, backbone, prompt: str, template: bool = True) -> io.NodeOutput:
-        states = backbone.encode_prompts([prompt], template=template)  # (1, 64, H)
+    def execute(
+        cls, backbone, prompt: str, template: bool = True, images=None, image_size: str = PUBLISHED_SIZE, positions: str = POSITIONS[0]
+    ) -> io.NodeOutput:
+        pictures = None if images is None else [to_rgb_images(images)]
+        size = PUBLISHED_IMAGE_SIZE if image_size == PUBLISHED_SIZE else None
+        states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)  # (1, 64, H)
         return io.NodeOutput([[states, {}]], [[torch.zeros_like(states), {}]])
 
 

@@ -3,6 +3,7 @@
 from comfy_api.v0_0_2 import io
 
 from ..blip3o_core.variants.blip3o import Blip3oCheckpoint
+from ..blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from ..blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .adapters import folders, io_types, loading
 
@@ -83,3 +84,35 @@ class Blip3oSDXLDecoderLoader(io.ComfyNode):
     def execute(cls, decoder: str) -> io.NodeOutput:
         opened = SdxlDecoderCheckpoint.open(folders.resolve(decoder))
         return io.NodeOutput(loading.load_sdxl_unet(opened), loading.load_sdxl_vae(opened))
+
+
+class Blip3oVisionEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Blip3oVisionEncoderLoader",
+            display_name="Load BLIP3-o Vision Encoder",
+            category="BLIP3-o/loaders",
+            description="Opens the EVA-CLIP tower that turns a picture into the embedding that BLIP3-o samples and draws: for "
+            "reconstruction, variations and mixing. Asking about a picture does not need it.",
+            search_aliases=["EVA-CLIP", "BLIP3o CLIP vision", "gen_vision_tower"],
+            inputs=[
+                io.Combo.Input(
+                    "vision_encoder",
+                    options=folders.list_vision_encoders(),
+                    tooltip="A BLIP3-o checkpoint, which holds the tower (8.7 GB), the folder of its own repository "
+                    "(eva_clip_vision_tower) under models/blip3o, or a safetensors file in models/clip_vision.",
+                )
+            ],
+            outputs=[io_types.VisionEncoder.Output(display_name="vision_encoder", tooltip="EVA-CLIP; for BLIP3-o Image Encode.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, vision_encoder: str) -> str:
+        return folders.fingerprint(folders.resolve_vision_encoder(vision_encoder))
+
+    @classmethod
+    def execute(cls, vision_encoder: str) -> io.NodeOutput:
+        path = folders.resolve_vision_encoder(vision_encoder)
+        source = Blip3oCheckpoint.open(path).vision_encoder_source() if folders.is_checkpoint(path) else EvaClipCheckpoint.open(path)
+        return io.NodeOutput(loading.load_vision_encoder(source))

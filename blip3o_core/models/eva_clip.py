@@ -61,14 +61,17 @@ class EvaClipConfig:
         given = {field: _positive(overrides[field], field, source) for field in CONFIG_FIELDS if field in overrides}
         try:
             width, _, _, patch_size = shapes["patch_embed.proj.weight"]
-            layers = max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")) + 1
+            blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
             tokens, mlp_dim = shapes["pos_embed"][1], shapes["blocks.0.mlp.fc1.weight"][0]
+            layers = max(blocks) + 1
+            if layers != len(blocks) or min(width, patch_size, tokens - 1, mlp_dim) < 1:
+                raise ValueError(f"{len(blocks)} blocks numbered up to {layers - 1}, width {width}, {tokens} positions")
         except (KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{source}: this is no EVA-CLIP tower, or an incomplete one; its sizes can't be read ({error}). "
                                   "Download jiuhai/eva_clip_vision_tower again.") from error
         width, patch_size = int(given.get("width", width)), int(given.get("patch_size", patch_size))
         return cls(
-            image_size=int(given.get("image_size", math.isqrt(max(tokens - 1, 0)) * patch_size)),
+            image_size=int(given.get("image_size", math.isqrt(tokens - 1) * patch_size)),
             patch_size=patch_size,
             width=width,
             layers=int(given.get("layers", layers)),

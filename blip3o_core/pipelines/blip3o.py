@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint.load import OnLoad
-from ..errors import Blip3oError, CheckpointError, InputError
+from ..errors import Blip3oError, InputError
 from ..images import eva_pixel_values, to_rgb_images
 from ..models.eva_clip import EvaClip
 from ..models.nextdit import Condition, NextDiT
@@ -132,11 +132,7 @@ class Blip3oPipeline:
         if self._vision_encoder is None:
             source = self._vision_source
             if source is None:
-                entries = self.checkpoint.components["vision_encoder"]
-                if not entries:
-                    raise CheckpointError(f"{self.checkpoint.folder}: the shards hold no EVA-CLIP tower, which turns images into "
-                                          "embeddings. Give it with vision_encoder= (repository eva_clip_vision_tower).")
-                source = EvaClipCheckpoint.from_entries(entries, self.checkpoint.folder)
+                source = self.checkpoint.vision_encoder_source()
                 _require_width(source, self.checkpoint)
             self._vision_encoder = source.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
         return self._vision_encoder

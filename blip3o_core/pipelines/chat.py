@@ -138,8 +138,8 @@ class Chat:
 
     def _restore(self, messages: list[Message], read: int, cached: int, position: int, pending: list[int]) -> None:
         self.messages, self._read, self._cached_tokens, self._position, self._pending = messages, read, cached, position, pending
-        if self._cache is not None and self._cache.get_seq_length() > cached:
-            self._cache.crop(cached)
+        if self._cache is not None and (surplus := self._cache.get_seq_length() - cached) > 0:
+            self._cache.crop(-surplus)
 
     def _read_messages(self, pixel_values: Tensor | None, image_grid_thw: Tensor | None, *, room: int) -> Tensor:
         """Feeds everything that the cache doesn't hold, and the start of the answer -> state of the last token (1, H)."""

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
+from .eva_clip import EvaClipCheckpoint
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
 SKIPPED = "skipped"
@@ -147,6 +148,13 @@ class Blip3oCheckpoint:
                    dtype=dtype, device=device, on_load=on_load)  # fmt: skip
         dit.dtype = dtype
         return dit
+
+    def vision_encoder_source(self) -> EvaClipCheckpoint:
+        """The EVA-CLIP tower inside the root shards. Raises CheckpointError if they were saved without it."""
+        if not self.components["vision_encoder"]:
+            raise CheckpointError(f"{self.folder}: the shards hold no EVA-CLIP tower, which turns images into embeddings. Give it "
+                                  "separately (repository jiuhai/eva_clip_vision_tower).")
+        return EvaClipCheckpoint.from_entries(self.components["vision_encoder"], self.folder)
 
     @property
     def _backbone_entries(self) -> dict[str, TensorEntry]:

@@ -55,6 +55,12 @@ def resolve(name: str) -> Path:
                           "to refresh the list.")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder is a BLIP3-o checkpoint, not the tower alone: a tower's config.json has no model type."""
+    config = path / "config.json"
+    return config.is_file() and '"model_type"' in config.read_text("utf-8", errors="replace")
+
+
 def fingerprint(folder: Path) -> str:
     """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced."""
     if folder.is_file():

@@ -27,6 +27,7 @@ HOST_LAYERS = {
     nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
 }
 LoadPatcher = Callable[[Backbone], ModelPatcher]
+IMAGE_TOKENS = 1024  # room for one image in a prompt; the published size takes 256
 ACTIVATIONS_PER_TOKEN = 24  # peak activations of one decoder block in units of the hidden width, rounded up
 
 
@@ -60,6 +61,7 @@ class HostedBackbone:
         self._load_vision, self._load_head = load_vision, load_head
         self._vision_patcher: ModelPatcher | None = None
         self._head_patcher: ModelPatcher | None = None
+        self._memory_required = 0
 
     @property
     def device(self) -> torch.device:
@@ -77,15 +79,25 @@ class HostedBackbone:
 
     @property
     def vision_tower(self) -> VisionTower:
+        """Made resident beside the backbone whenever it is asked for, which is once per prompt or turn with images."""
         if self._vision_patcher is None:
             self._vision_patcher = self._load_vision(self.backbone)
+        self._make_resident(self._vision_patcher)
         return self._vision_patcher.model
 
     @property
     def output_head(self) -> nn.Module:
+        """Made resident beside the backbone whenever it is asked for, which is once per answer."""
         if self._head_patcher is None:
             self._head_patcher = self._load_head(self.backbone)
+        self._make_resident(self._head_patcher)
         return self._head_patcher.model
+
+    def load(self, tokens: int) -> None:
+        """Asks the host to load the backbone, with room for the activations and cache of `tokens`."""
+        width = self.backbone.latent_queries.shape[-1]
+        self._memory_required = tokens * width * ACTIVATIONS_PER_TOKEN * self.dtype.itemsize
+        self._make_resident()
 
     def encode_prompts(self, prompts: Sequence[str], **arguments) -> Tensor:
         """Prompts -> query states (B, 64, H) float32, on the host's intermediate device. Arguments of `language.encode_prompts`."""
@@ -93,19 +105,12 @@ class HostedBackbone:
         for prompt in prompts:  # before weights move
             self.tokenizer.generation_ids(prompt, template=arguments.get("template", True), max_tokens=longest)
         images = sum(len(row) for row in arguments.get("images") or [])
-        self.load(tokens=sum(map(len, prompts)) + 512 * (images + 1), vision=images > 0)
+        self.load(sum(map(len, prompts)) + self.backbone.num_queries + IMAGE_TOKENS * images)
         states = encode_prompts(self, prompts, max_tokens=longest, **arguments)
         return states.to(model_management.intermediate_device(), torch.float32)
 
-    def load(self, *, tokens: int, vision: bool = False, head: bool = False) -> None:
-        """Asks the host to make room for the networks that are needed and for `tokens` of activations, and to load them."""
-        patchers = [self.patcher]
-        if vision:
-            patchers += [self._vision_patcher] if self.vision_tower is not None else []
-        if head:
-            patchers += [self._head_patcher] if self.output_head is not None else []
-        width = self.backbone.latent_queries.shape[-1]
-        model_management.load_models_gpu(patchers, memory_required=tokens * width * ACTIVATIONS_PER_TOKEN * self.dtype.itemsize)
+    def _make_resident(self, *more: ModelPatcher) -> None:
+        model_management.load_models_gpu([self.patcher, *more], memory_required=self._memory_required)
 
 
 class HostedVisionEncoder:

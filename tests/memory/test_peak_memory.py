@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from blip3o_core.checkpoint.load import expected_shapes
 from blip3o_core.models.nextdit import NextDiT, NextDiTConfig
-from blip3o_core.models.qwen2_5_vl import QueryEncoder, text_config
+from blip3o_core.models.qwen2_5_vl import Backbone, text_config
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak resident memory is read from /proc")
 
@@ -29,7 +29,7 @@ def status(key):
 
 def load(folder, dtype):
     pipe = Blip3oPipeline.from_pretrained(folder, device="cpu", dtype=dtype)
-    return pipe, [pipe.query_encoder, pipe.dit, pipe.decoder]
+    return pipe, [pipe.backbone, pipe.dit, pipe.decoder]
 
 tiny, big, dtype = sys.argv[1:]
 load(tiny, dtype)  # imports and allocator pools are not what is measured
@@ -56,7 +56,7 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pa
     used = {}
     with torch.device("meta"):
         dit = NextDiT(DIT)
-    for name, shape in expected_shapes(QueryEncoder.empty(text_config(config, folder), 64)).items():
+    for name, shape in expected_shapes(Backbone.empty(text_config(config, folder), 64)).items():
         used[f"model.{name.removeprefix('language_model.')}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)
     for name, shape in expected_shapes(dit).items():
         used[f"model.dit.model.{name}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from blip3o_core.checkpoint.load import expected_shapes
 from blip3o_core.checkpoint.shards import TensorEntry
 from blip3o_core.models.nextdit import NextDiT, NextDiTConfig
-from blip3o_core.models.qwen2_5_vl import QueryEncoder, text_config
+from blip3o_core.models.qwen2_5_vl import Backbone, text_config
 from blip3o_core.variants.blip3o import split_components
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
@@ -43,7 +43,7 @@ def test_backbone_and_dit_fit_the_published_root_shards(size):
     found = {part: {name: entry.shape for name, entry in entries.items()} for part, entries in components.items()}
 
     config = text_config({**QWEN[size], "vocab_size": 151668, "rope_scaling": {"mrope_section": [16, 24, 24]}}, size)
-    assert expected_shapes(QueryEncoder.empty(config, 64)) == {**found["language_model"], **found["queries"]}
+    assert expected_shapes(Backbone.empty(config, 64)) == {**found["language_model"], **found["queries"]}
 
     dit_config = NextDiTConfig.from_shapes(found["dit"], size)
     assert dit_config == NextDiTConfig(context_dim=QWEN[size]["hidden_size"])  # the defaults are the published sizes

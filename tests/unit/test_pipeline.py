@@ -152,7 +152,7 @@ def test_arguments_out_of_range_are_refused_before_weights_are_loaded(tiny_check
     pipe = Blip3oPipeline.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.raises(InputError, match=message):
         pipe.generate(["a cat"], **{**SMALL, **arguments})
-    assert pipe._query_encoder is None and pipe._dit is None and pipe._decoder is None
+    assert pipe._backbone is None and pipe._dit is None and pipe._decoder is None
 
 
 def test_tensors_of_other_shapes_are_refused(pipe):

@@ -33,7 +33,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_weights_are_load
     fresh = Blip3oPipeline.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.raises(InputError, match=r"has \d{5} tokens with its frame; this model takes 4031"):
         fresh.generate(["cat " * 10_000], width=64, height=64)
-    assert fresh._query_encoder is None
+    assert fresh._backbone is None
 
 
 def test_the_longest_prompt_that_fits_is_encoded(pipe):
