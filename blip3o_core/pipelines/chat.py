@@ -177,9 +177,9 @@ class Chat:
                                           image_token_id=self.models.tokenizer.image_pad_id)  # fmt: skip
 
     def _feed(self, embedded: Tensor, positions: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
         if self._cache is None:
+            from transformers import DynamicCache
+
             self._cache = DynamicCache()
         states = self.models.backbone.decode(embedded[None], positions[:, None].to(self.models.device), self._cache)
         self._cached_tokens += len(embedded)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from blip3o_core.checkpoint.load import expected_shapes
 from blip3o_core.models.nextdit import NextDiT, NextDiTConfig
-from blip3o_core.models.qwen2_5_vl import Backbone, text_config
+from blip3o_core.models.qwen2_5_vl import Backbone, VisionTower, text_config, vision_config
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak resident memory is read from /proc")
 
@@ -42,6 +42,31 @@ print(json.dumps({"used": used, "peak": status("VmHWM") - before, "resident": st
 """
 
 
+USE_EVERYTHING = MEASURE[: MEASURE.index("tiny, big")] + """
+from PIL import Image
+
+def use(folder):
+    pipe, _ = load(folder, "bfloat16")
+    picture = Image.effect_noise((112, 112), 60).convert("RGB")
+    small = dict(width=64, height=64, steps=1, decoder_steps=1, decoder_guidance_scale=1.0)
+    pipe.generate(["a cat"], **small)
+    pipe.ask("What is this?", [picture], max_new_tokens=3)
+    pipe.edit([picture], ["Make it red"], image_size=(112, 112), **small)
+    return pipe
+
+tiny, big = sys.argv[1:]
+use(tiny)
+gc.collect()
+before = status("VmRSS")
+pipe = use(big)
+gc.collect()
+networks = [pipe.backbone, pipe.dit, pipe.decoder, pipe.vision_tower, pipe.output_head]
+used = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+backbone = sum(p.numel() * p.element_size() for p in pipe.backbone.parameters())
+print(json.dumps({"used": used, "backbone": backbone, "resident": status("VmRSS") - before}))
+"""
+
+
 @pytest.fixture(scope="module")
 def big_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """Two bfloat16 shards with index: backbone and DiT in the first, a tower that nobody asks for in the second."""
@@ -60,6 +85,11 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pa
         used[f"model.{name.removeprefix('language_model.')}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)
     for name, shape in expected_shapes(dit).items():
         used[f"model.dit.model.{name}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)
+    vision = {**config["vision_config"], "out_hidden_size": SIZES["hidden_size"]}
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": vision}), "utf-8")
+    for name, shape in expected_shapes(VisionTower.empty(vision_config({"vision_config": vision}, folder))).items():
+        used[f"visual.{name.removeprefix('network.')}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)
+    used["lm_head.weight"] = torch.full((SIZES["vocab_size"], SIZES["hidden_size"]), 0.01, dtype=torch.bfloat16)
     unused = {"model.gen_vision_tower.vision_tower.model.pos_embed": torch.zeros(EVA_BYTES // 2, dtype=torch.bfloat16)}
     shards = {"model-00001-of-00002.safetensors": used, "model-00002-of-00002.safetensors": unused}
     for file, tensors in shards.items():
@@ -102,3 +132,13 @@ def test_peak_resident_memory_while_loading_for_text_to_image(tiny_checkpoint, b
     print(f"{dtype}: used {measured['used'] / 1e9:.2f} GB, peak {measured['peak'] / measured['used']:.3f} x")
     assert measured["used"] > 1e9
     assert measured["peak"] < 1.15 * measured["used"]  # measured 1.00 in either precision
+
+
+def test_asking_editing_and_generating_hold_the_backbone_once(tiny_checkpoint, big_checkpoint):
+    result = subprocess.run([sys.executable, "-c", USE_EVERYTHING, str(tiny_checkpoint), str(big_checkpoint)], text=True,
+                            capture_output=True, cwd=Path(__file__).parents[2], timeout=500)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    print(f"used {measured['used'] / 1e9:.2f} GB, resident {measured['resident'] / measured['used']:.3f} x")
+    assert measured["backbone"] > 1e9
+    assert measured["resident"] < measured["used"] + 0.25 * measured["backbone"]  # a second copy would add all of it

@@ -86,7 +86,7 @@ def test_pooled_features(tower, expected, relative_error):
 @torch.inference_mode()
 def test_features_of_the_picture_itself(tower, image, expected, relative_error):
     # the reference rounded the pixels to half first
-    assert relative_error(tower(eva_pixel_values([image])), expected["eva.pooled"]) <= 1e-3  # measured 8.8e-5 / 8.8e-5
+    assert relative_error(tower(eva_pixel_values([image])), expected["eva.pooled"]) <= 1e-3  # measured 1.6e-4 / 1.6e-4
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def test_reduced_precision_keeps_the_direction(expected, dtype):
     tower = EvaClipCheckpoint.open(DATA / "sdxl" / "eva_clip_vision_tower").load(dtype=dtype)
     pooled = tower(expected["eva.pixel_values"].to(dtype))
     assert pooled.dtype == tower.dtype == dtype
-    # cosine over all elements, required 0.999; measured 0.99998 or better
+    # cosine over all elements, required 0.999; measured 0.999979 (bfloat16), 0.9999997 (float16)
     assert torch.cosine_similarity(pooled.float().flatten(), expected["eva.pooled"].flatten(), dim=0) >= 0.999
 
 
@@ -123,7 +123,7 @@ def test_layers_and_attention_can_be_those_of_a_host(tower, expected, relative_e
     plain = [module for module in hosted.modules() if type(module) in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d)]
     pooled = hosted(expected["eva.pixel_values"].float(), attend=attend)
     assert not plain and used == [(1, 4, 1025, 12)] * 2
-    assert relative_error(pooled, expected["eva.pooled"]) <= 1e-5  # measured 3.5e-7 / 3.5e-7
+    assert relative_error(pooled, expected["eva.pooled"]) <= 1e-5  # measured 2.3e-7 / 2.3e-7
 
 
 @torch.inference_mode()

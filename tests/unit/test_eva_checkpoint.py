@@ -187,7 +187,8 @@ def test_missing_and_misshapen_tensors_are_listed(folder, state, kind):
         torch.save(content, folder / "pytorch_model.bin")
     else:
         save_file(content, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing: blocks.1.attn.qkv.bias; 1 misshapen: blocks.0.norm1.weight is \[47\], expected \[48\]"):
+    listed = r"1 missing: blocks.1.attn.qkv.bias; 1 misshapen: blocks.0.norm1.weight is \[47\], expected \[48\]"
+    with pytest.raises(CheckpointError, match=listed):
         EvaClipCheckpoint.open(folder)
 
 
@@ -209,7 +210,8 @@ def test_a_missing_block(folder, state):
     with pytest.raises(CheckpointError, match="12 missing: blocks.1.attn"):  # config.json says 2 layers
         EvaClipCheckpoint.open(folder)
     (folder / "pytorch_model.bin").unlink()
-    save_file({key.replace("blocks.1.", "blocks.999999999."): tensor.clone() for key, tensor in state.items()}, folder / "model.safetensors")
+    far = {key.replace("blocks.1.", "blocks.999999999."): tensor.clone() for key, tensor in state.items()}
+    save_file(far, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="2 blocks numbered up to 999999999"):
         EvaClipCheckpoint.open(folder)
 
@@ -250,7 +252,8 @@ def test_fields_of_config_json_win_over_the_tensors(folder, state):
     torch.save(state, folder / "pytorch_model.bin")
     edit_config(folder, layer_norm_eps=1e-5, unknown_field="kept out")
     assert EvaClipCheckpoint.open(folder).config.layer_norm_eps == 1e-5
-    for changes, message in (({"layers": 3}, "12 missing: blocks.2"), ({"mlp_ratio": 2.0}, "misshapen: blocks.0.mlp.fc1.bias is .192., expected .96."),
+    for changes, message in (({"layers": 3}, "12 missing: blocks.2"),
+                             ({"mlp_ratio": 2.0}, "misshapen: blocks.0.mlp.fc1.bias is .192., expected .96."),
                              ({"image_size": 224}, "pos_embed is .1, 1025, 48., expected .1, 257, 48.")):  # fmt: skip
         shutil.copy(PUBLISHED / "config.json", folder / "config.json")
         edit_config(folder, **changes)
