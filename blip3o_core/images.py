@@ -7,6 +7,7 @@ B batch, H x W pixels.
 """
 
 import math
+import os
 import stat
 import struct
 import warnings
@@ -45,7 +46,7 @@ def load_image(path: str | Path) -> Image.Image:
     reference. No setting of Pillow is changed.
     Raises: InputError that names the file if it is missing, a folder, no picture, damaged, or larger than MAX_PIXELS.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # a file may be called ~name; Path.expanduser raises then
     _require_regular_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata; what matters is raised here
@@ -63,13 +64,16 @@ def load_image(path: str | Path) -> Image.Image:
             raise _damaged(path, error) from error
 
 
-def to_rgb_images(images: Image.Image | Tensor | Sequence[Image.Image | Tensor]) -> list[Image.Image]:
+def to_rgb_images(
+    images: Image.Image | Tensor | Sequence[Image.Image | Tensor], *, channels_last: bool | None = None
+) -> list[Image.Image]:
     """One picture, a batch, or a list of either -> upright RGB pictures, in order.
 
     PIL pictures may have any mode and are converted as by `load_image`. Mode I (32-bit integers) is scaled from 0..65535, mode
     F from 0..1 or 0..255, whichever holds its values; where values leave that, from their own range including 0.
     Tensors are float, in 0..1, and either channels first, (3, H, W) or (B, 3, H, W), or channels last as in ComfyUI,
     (H, W, 3 or 4) or (B, H, W, 3 or 4); the fourth channel is opacity. The inputs are not changed.
+    channels_last says which of the two tensors are, for pictures of 3 or 4 pixels on a side; None tells it from the shape.
     Raises: InputError for other types, shapes that fit both layouts or none, integers, nan, and values far outside of 0..1.
     """
     given = [images] if isinstance(images, Image.Image | Tensor) else images
@@ -81,7 +85,7 @@ def to_rgb_images(images: Image.Image | Tensor | Sequence[Image.Image | Tensor])
     for index, item in enumerate(given):
         name = f"picture {index + 1} of {len(given)}"
         if isinstance(item, Tensor):
-            converted += [_to_rgb(image, name) for image in _tensor_to_pil(item, name)]
+            converted += [_to_rgb(image, name) for image in _tensor_to_pil(item, name, channels_last)]
         elif isinstance(item, Image.Image):
             converted.append(_to_rgb(item, name))
         else:
@@ -203,13 +207,13 @@ def _on_white(rgba: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def _tensor_to_pil(tensor: Tensor, name: str) -> list[Image.Image]:
+def _tensor_to_pil(tensor: Tensor, name: str, channels_last: bool | None) -> list[Image.Image]:
     """(3, H, W), (B, 3, H, W), (H, W, 3 or 4) or (B, H, W, 3 or 4), float in 0..1 -> RGB or RGBA pictures, rounded to 8 bits."""
     shape = list(tensor.shape)
     if not tensor.is_floating_point():
         raise InputError(f"{name} is a tensor of {tensor.dtype}. Give floats in 0..1 (divide 8-bit values by 255).")
-    first = len(shape) in (3, 4) and shape[-3] == 3
-    last = len(shape) in (3, 4) and shape[-1] in (3, 4)
+    first = len(shape) in (3, 4) and shape[-3] == 3 and channels_last is not True
+    last = len(shape) in (3, 4) and shape[-1] in (3, 4) and channels_last is not False
     if first == last:
         problem = "fits both channels first and channels last" if first else "is no picture"
         raise InputError(f"{name} is a tensor of shape {shape}, which {problem}. Give (B, H, W, 3 or 4) or (B, 3, H, W), "

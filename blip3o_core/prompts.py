@@ -121,7 +121,9 @@ class PromptTokenizer:
         """Written text of generated ids; special tokens are left out."""
         return self._full.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def generation_ids(self, prompt: str, *, template: bool = True, image_tokens: Sequence[int] = (), max_tokens: int | None = None) -> list[int]:
+    def generation_ids(
+        self, prompt: str, *, template: bool = True, image_tokens: Sequence[int] = (), max_tokens: int | None = None
+    ) -> list[int]:
         """Ids of one prompt of the generation path, closed by `[IMG]`.
 
         Args:

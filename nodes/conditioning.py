@@ -73,7 +73,7 @@ class Blip3oTextEncode(io.ComfyNode):
     def execute(
         cls, backbone, prompt: str, template: bool = True, images=None, image_size: str = PUBLISHED_SIZE, positions: str = POSITIONS[0]
     ) -> io.NodeOutput:
-        pictures = None if images is None else [to_rgb_images(images)]
+        pictures = None if images is None else [to_rgb_images(images, channels_last=True)]
         size = PUBLISHED_IMAGE_SIZE if image_size == PUBLISHED_SIZE else None
         states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)  # (1, 64, H)
         return io.NodeOutput([[states, {}]], [[torch.zeros_like(states), {}]])

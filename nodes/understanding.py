@@ -96,7 +96,7 @@ class Blip3oAsk(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         text = question if preset == NO_PRESET else "\n".join(part for part in (PRESETS[preset].question, question.strip()) if part)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
-        pictures = [] if images is None else to_rgb_images(images)
+        pictures = [] if images is None else to_rgb_images(images, channels_last=True)
         groups = [[picture] for picture in pictures] if one_answer_per_image and pictures else [pictures]
         answers = []
         for group in groups:
@@ -137,7 +137,7 @@ class Blip3oChat(io.ComfyNode):
         max_pixels: int, system: str, conversation: str | None = None, images=None,
     ) -> io.NodeOutput:  # fmt: skip
         chat = Chat(backbone, system or None) if conversation is None else Chat.from_json(backbone, conversation)
-        pictures = [] if images is None else to_rgb_images(images)
+        pictures = [] if images is None else to_rgb_images(images, channels_last=True)
         shown = len(pictures) + sum(len(turn.images) for turn in chat.messages)
         backbone.load(max_new_tokens + shown * max_pixels // PIXELS_PER_TOKEN)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)

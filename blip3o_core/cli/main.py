@@ -1,15 +1,19 @@
 """`blip3o`: subcommand -> file. Heavy imports happen in the subcommand, so `--help` answers at once."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Blip3oError
-from . import generate, inspect
+from . import ask, caption, chat, edit, generate, inspect, reconstruct, vary
 
-SUBCOMMANDS = {"generate": generate, "inspect": inspect}
+SUBCOMMANDS = {
+    "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
+    "inspect": inspect,
+}  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
@@ -17,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(
         prog="blip3o",
-        description="BLIP3-o on the command line: pictures from text, from local checkpoints only.",
+        description="BLIP3-o on the command line: pictures from text and pictures, text from pictures and text; local checkpoints only.",
         epilog='example:  blip3o generate "a red fox in fresh snow" --model BLIP3o-Model-4B --output fox.png',
     )
     parser.add_argument("--version", action="version", version=f"blip3o {__version__}")
@@ -34,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, or 1 after an error that the user can mend (its message is on stderr)."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdin, sys.stdout):  # a letter that the console's code page lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         SUBCOMMANDS[args.command].run(args)

@@ -1,9 +1,17 @@
-"""Options that several subcommands share."""
+"""Options that several subcommands share, and the pipeline they describe."""
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .progress import ProgressBars
+
+if TYPE_CHECKING:
+    from ..pipelines.blip3o import Blip3oPipeline
 
 MODEL_VARIABLE = "BLIP3O_MODEL"
 
@@ -16,9 +24,66 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         help="precision of the networks (default: float32 on the CPU, bfloat16 elsewhere)")
 
 
+def add_vision_encoder_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vision-encoder", metavar="PATH", help="folder or file of the EVA-CLIP tower, which turns pictures into "
+                        "embeddings (default: the one inside the model)")  # fmt: skip
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                       help="0 always takes the likeliest token, higher varies more, 0..10 (default: %(default)s)")
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens up to this probability, 0..1")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same answer (default: %(default)s)")
+    group.add_argument("--system", metavar="TEXT", help='the system turn (default: "You are a helpful assistant.")')
+    group.add_argument("--min-pixels", type=int, metavar="N", help="pictures with fewer pixels are enlarged to N (default: 3136)")
+    group.add_argument("--max-pixels", type=int, metavar="N",
+                       help="pictures with more are shrunk to N; 784 pixels are one token (default: 12845056)")
+
+
+def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Chat.say`. Raises InputError for values out of range, before weights are read."""
+    from ..pipelines.chat import MAX_PIXELS, MIN_PIXELS, token_picker
+
+    token_picker(args.temperature, args.top_p, args.top_k, args.seed)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1.")
+    low = MIN_PIXELS if args.min_pixels is None else args.min_pixels
+    high = MAX_PIXELS if args.max_pixels is None else args.max_pixels
+    if not 0 < low <= high:
+        raise InputError(f"--min-pixels {low} and --max-pixels {high} leave no size; 0 < min <= max.")
+    return {
+        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "seed": args.seed, "min_pixels": low, "max_pixels": high,
+    }  # fmt: skip
+
+
 def required_model(args: argparse.Namespace) -> str:
     """--model, or the environment variable. Raises InputError if neither is given."""
     model = args.model or os.environ.get(MODEL_VARIABLE)
     if not model:
         raise InputError(f"no model was given. Name a checkpoint folder: --model PATH, or set {MODEL_VARIABLE}.")
     return model
+
+
+def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: str | Path | None = None) -> "Blip3oPipeline":
+    """Opens and checks the files; weights are read when they are needed. Raises CheckpointError, InputError."""
+    from ..pipelines.blip3o import Blip3oPipeline
+
+    return Blip3oPipeline.from_pretrained(
+        required_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
+        on_load=bars.on_load,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_errors(device: object, doing: str, advice: str) -> Iterator[None]:
+    """An exhausted device becomes an InputError that names the options which take less."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of memory on {device} while {doing} ({str(error).splitlines()[0]}). {advice}") from error

@@ -17,7 +17,7 @@ class ProgressBars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     def on_load(self, component: str, done: int, total: int) -> None:
         """Bytes of one component."""
@@ -27,21 +27,26 @@ class ProgressBars:
         """Steps of one stage."""
         self._advance(f"{self.title}: {stage}" if self.title else stage, done, total, unit="step")
 
+    def on_item(self, name: str, done: int, total: int) -> None:
+        """Things of a list, as pictures of a folder."""
+        self._advance(name, done, total, unit="picture")
+
     def write(self, line: str) -> None:
         """A result, on stdout."""
-        self._close()
+        self.close()
         print(line, file=sys.stdout, flush=True)
+
+    def close(self) -> None:
+        """Ends the open bar, so that something else can be printed."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = self._key = None
 
     def _advance(self, name: str, done: int, total: int, **style) -> None:
         if self._key != (name, total) or (self._bar is not None and done < self._bar.n):
-            self._close()
+            self.close()
             self._bar = tqdm(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, leave=True, **style)
             self._key = (name, total)
         self._bar.update(done - self._bar.n)
         if done >= total:
-            self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = self._key = None
+            self.close()

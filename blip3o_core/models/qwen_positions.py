@@ -11,10 +11,13 @@ Grid = tuple[int, int, int]
 """Cells (frames, rows, columns) of one image after merging."""
 
 
-def multimodal_positions(token_ids: Sequence[int], image_token_id: int | None, grids: Sequence[Grid], start: int = 0) -> tuple[Tensor, int]:
+def multimodal_positions(
+    token_ids: Sequence[int], image_token_id: int | None, grids: Sequence[Grid], start: int = 0
+) -> tuple[Tensor, int]:
     """Positions of a sequence (3, N) int64 that continues at `start`, and the position of the token after it.
 
-    image_token_id None: all tokens are text. An image at running number s gives its cell (r, c) the positions (s, s + r, s + c); the text goes on behind the largest.
+    An image at running number s gives its cell (r, c) the positions (s, s + r, s + c); the text goes on behind the largest.
+    With image_token_id None all tokens are text.
     Raises: InputError if runs of image tokens don't have the sizes of `grids`.
     """
     rows: list[Tensor] = []
@@ -30,7 +33,7 @@ def multimodal_positions(token_ids: Sequence[int], image_token_id: int | None, g
             continue
         grid = remaining.pop(0) if remaining else None
         cells = grid[0] * grid[1] * grid[2] if grid else 0
-        if grid is None or any(token != image_token_id for token in token_ids[index : index + cells]) or index + cells > len(token_ids):
+        if grid is None or list(token_ids[index : index + cells]) != [image_token_id] * cells:
             raise InputError(f"the image tokens from index {index} don't fit an image of grid {grid}.")
         frame, row, column = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
         rows.append(torch.stack((torch.zeros_like(frame), row, column)).flatten(1) + position)

@@ -25,7 +25,7 @@ from ..sampling.noise import require_seed, seeded_noise
 from ..variants.blip3o import Blip3oCheckpoint
 from ..variants.eva_clip import EvaClipCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
-from .chat import MAX_NEW_TOKENS, Chat, OnToken
+from .chat import MAX_NEW_TOKENS, Chat, OnToken, some_rgb_images
 from .edit import DrawingChat, edit, vary
 from .language import PUBLISHED_IMAGE_SIZE, encode_prompts
 
@@ -130,12 +130,16 @@ class Blip3oPipeline:
         Raises CheckpointError if neither `vision_encoder=` nor the checkpoint has one.
         """
         if self._vision_encoder is None:
-            source = self._vision_source
-            if source is None:
-                source = self.checkpoint.vision_encoder_source()
-                _require_width(source, self.checkpoint)
+            source = self.require_vision_encoder()
             self._vision_encoder = source.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
         return self._vision_encoder
+
+    def require_vision_encoder(self) -> EvaClipCheckpoint:
+        """Where EVA-CLIP lies. Raises CheckpointError if there is none, InputError if it makes other embeddings; loads nothing."""
+        if self._vision_source is None:
+            self._vision_source = self.checkpoint.vision_encoder_source()
+            _require_width(self._vision_source, self.checkpoint)
+        return self._vision_source
 
     @property
     def dit(self) -> NextDiT:
@@ -173,7 +177,7 @@ class Blip3oPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise InputError("no prompt was given. Pass at least one.")
-        rows = None if images is None else [to_rgb_images(own) if own is not None else [] for own in images]
+        rows = None if images is None else [some_rgb_images(own) for own in images]
         states = encode_prompts(self, prompts, template=template, images=rows, image_size=image_size, positions=positions,
                                 pixel_values=pixel_values, image_grid_thw=image_grid_thw, max_tokens=self.max_prompt_tokens)  # fmt: skip
         return self._finite(states, "query states")
@@ -326,10 +330,24 @@ class Blip3oPipeline:
             self._null_embeddings[key] = self.vision_encoder(zeros).float()
         return self._null_embeddings[key]
 
-    def reconstruct(self, images, *, seeds: Sequence[int] | None = None, **decoding) -> list[Image.Image] | Tensor:
-        """Images -> embeddings -> pictures, guided away from the zero image. `decoding` as in `decode_embeddings`."""
-        return self.decode_embeddings(self.embed_image(images), negative=decoding.pop("negative", self.zero_image_embedding()),
-                                      seeds=seeds, **decoding)  # fmt: skip
+    def reconstruct(
+        self, images, *, seeds: Sequence[int] | None = None, negative: Tensor | str = "zero_image", steps: int = 50,
+        guidance_scale: float = 3.0, width: int = 1024, height: int = 1024, output_type: str = "pil", on_step: OnStep | None = None,
+    ) -> list[Image.Image] | Tensor:  # fmt: skip
+        """Images -> embeddings -> pictures. Arguments as in `decode_embeddings`.
+
+        Args:
+            negative: "zero_image" as in the reference, an embedding, "null_prompt" or "zeros".
+        """
+        from_zero_image = isinstance(negative, str) and negative == "zero_image"
+        self._require_decoding_arguments(steps, guidance_scale, width, height, None if from_zero_image else negative, output_type)
+        z = self.embed_image(images)
+        if from_zero_image:
+            negative = self.zero_image_embedding() if guidance_scale > 1 else None
+        return self.decode_embeddings(
+            z, negative=negative, steps=steps, guidance_scale=guidance_scale, width=width, height=height, seeds=seeds,
+            output_type=output_type, on_step=on_step,
+        )  # fmt: skip
 
     def edit(
         self, images: Sequence, instructions: Sequence[str | Sequence[str]], *, seeds: Sequence[int] | None = None,
@@ -375,9 +393,14 @@ class Blip3oPipeline:
         return [self.tokenizer.generation_ids(prompt, template=template, max_tokens=self.max_prompt_tokens) for prompt in prompts]
 
     @property
+    def context_tokens(self) -> int:
+        """Longest sequence the backbone takes."""
+        return self.checkpoint.text_config.max_position_embeddings
+
+    @property
     def max_prompt_tokens(self) -> int:
         """The context less `[IMG]` and the queries."""
-        return self.checkpoint.text_config.max_position_embeddings - 1 - self.checkpoint.num_queries
+        return self.context_tokens - 1 - self.checkpoint.num_queries
 
     def _guided_velocity(self, q: Tensor, guidance_scale: float, truncate: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity the solvers integrate. Conditions are projected here, once for all steps."""

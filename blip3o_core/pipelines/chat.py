@@ -25,7 +25,8 @@ CLOSE_TURN = (IM_END, "\n")
 INCOMPLETE = "\ufffd"  # how a decoder shows a character whose last bytes are still to come
 
 OnToken = Callable[[str], bool | None]
-"""A new piece of the answer; return False to stop there, raise to cancel the turn."""
+"""Called after every token with the new piece of the answer, empty while a character is incomplete. Return False to stop there,
+raise to cancel the turn."""
 
 
 @dataclass
@@ -78,25 +79,31 @@ class Chat:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens!r} is not a positive integer.")
         pick = token_picker(temperature, top_p, top_k, seed)
-        message = Message("user", text, to_rgb_images(images) if images else [], min_pixels or MIN_PIXELS, max_pixels or MAX_PIXELS)
+        message = Message("user", text, some_rgb_images(images), *pixel_budget(min_pixels, max_pixels))
         before = (list(self.messages), self._read, self._cached_tokens, self._position, list(self._pending))
         try:
             self.messages.append(message)
             hidden = self._read_messages(pixel_values, image_grid_thw, room=max_new_tokens)
             ids = self._write(hidden, pick, max_new_tokens, on_token)
+            answer = self.models.tokenizer.text(ids)
+            kept = ids[:-1] if ids[-1] in self.models.tokenizer.stop_ids else ids
+            self.messages.append(Message("assistant", answer, ids=kept))
+            self._read = len(self.messages)
         except BaseException:
             self._restore(*before)
             raise
-        answer = self.models.tokenizer.text(ids)
-        kept = ids[:-1] if ids[-1] in self.models.tokenizer.stop_ids else ids
-        self.messages.append(Message("assistant", answer, ids=kept))
-        self._read = len(self.messages)
         return ids if return_ids else answer
 
-    def show(self, text: str, images: Sequence) -> None:
-        """Adds a finished exchange without writing: the user asked for `text`, the assistant answered with `images`."""
+    def show(
+        self, text: str, drawn: Sequence, images: Sequence | None = None, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        """Adds a finished exchange without writing: the user asked for `text` (about `images`), the answer was the pictures `drawn`.
+
+        min_pixels, max_pixels: the size at which later turns see them, as in `say`.
+        """
         require_text(text)
-        self.messages += [Message("user", text), Message("assistant", "", to_rgb_images(images))]
+        budget = pixel_budget(min_pixels, max_pixels)
+        self.messages += [Message("user", text, some_rgb_images(images), *budget), Message("assistant", "", to_rgb_images(drawn), *budget)]
 
     @property
     def last_image(self) -> Image.Image | None:
@@ -119,8 +126,8 @@ class Chat:
             if saved["format"] != FORMAT:
                 raise ValueError(f"format {saved['format']!r}")
             messages = [
-                Message(m["role"], m["text"], [_decode_image(image) for image in m["images"]], int(m["min_pixels"]),
-                        int(m["max_pixels"]), None if m["ids"] is None else [int(i) for i in m["ids"]])
+                Message(m["role"], m["text"], [_decode_image(image) for image in m["images"]],
+                        *pixel_budget(m["min_pixels"], m["max_pixels"]), None if m["ids"] is None else [int(i) for i in m["ids"]])
                 for m in saved["messages"]
             ]  # fmt: skip
             vocabulary = models.backbone.language_model.config.vocab_size
@@ -130,7 +137,7 @@ class Chat:
                 raise ValueError("roles are not system, user and assistant")
             if not all(isinstance(m.text, str) for m in messages):
                 raise ValueError("a turn has no text")
-        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError, Image.DecompressionBombError) as error:
             raise InputError(f"this is no saved conversation ({error}). Give what `to_json` or /save wrote.") from error
         chat = cls(models, messages[0].text, **arguments)
         chat.messages = messages
@@ -152,14 +159,15 @@ class Chat:
             if pixel_values is not None and message is self.messages[-1]:
                 images = (pixel_values, image_grid_thw)
             else:
-                images = qwen_pixel_values(message.images, min_pixels=message.min_pixels, max_pixels=message.max_pixels) if message.images else None
+                budget = {"min_pixels": message.min_pixels, "max_pixels": message.max_pixels}
+                images = qwen_pixel_values(message.images, **budget) if message.images else None
             grids = merged_grids(images[1]) if images else []
             ids = tokenizer.ids(turn(message.role, message.text, [t * h * w for t, h, w in grids]))
             parts.append(_Part(ids, grids, images))
         parts.append(_Part(tokenizer.ids(open_turn())))
 
         total = self._cached_tokens + sum(len(part.ids) for part in parts)
-        longest = self.models.backbone.context_tokens
+        longest = self.models.context_tokens
         if total + room > longest:
             raise InputError(f"the conversation has {total} tokens and {room} more may be written, but the context holds {longest}. "
                              "Start a new one, give fewer or smaller images (max_pixels), or lower max_new_tokens.")
@@ -189,16 +197,19 @@ class Chat:
     def _write(self, hidden: Tensor, pick: PickToken, max_new_tokens: int, on_token: OnToken | None) -> list[int]:
         tokenizer, head = self.models.tokenizer, self.models.output_head
         ids: list[int] = []
-        shown = ""
+        unshown: list[int] = []  # whose bytes don't end a character yet
         while True:
             token = pick(head(hidden)[0])
             ids.append(token)
             stopped = token in tokenizer.stop_ids
             if on_token is not None and not stopped:
-                text = tokenizer.text(ids)
-                if not text.endswith(INCOMPLETE) and len(text) > len(shown):
-                    stopped = on_token(text[len(shown) :]) is False
-                    shown = text
+                unshown.append(token)
+                piece = tokenizer.text(unshown)
+                if piece.endswith(INCOMPLETE):
+                    piece = ""
+                else:
+                    unshown.clear()
+                stopped = on_token(piece) is False
             if stopped or len(ids) == max_new_tokens:
                 break
             hidden = self._feed(self._embed(_Part([token])), torch.full((3, 1), self._position))
@@ -215,6 +226,22 @@ class _Part:
     ids: list[int]
     grids: list[Grid] = field(default_factory=list)
     images: tuple[Tensor, Tensor] | None = None  # pixel_values, image_grid_thw
+
+
+def some_rgb_images(images: Sequence | None) -> list[Image.Image]:
+    """Like `to_rgb_images`, but nothing, or an empty list, is no image."""
+    if images is None or (isinstance(images, Sequence) and not images):
+        return []
+    return to_rgb_images(images)
+
+
+def pixel_budget(min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+    """Both limits with the processor's own in place of None. Raises InputError unless 1 <= min_pixels <= max_pixels."""
+    low = MIN_PIXELS if min_pixels is None else min_pixels
+    high = MAX_PIXELS if max_pixels is None else max_pixels
+    if not all(isinstance(limit, int) and not isinstance(limit, bool) for limit in (low, high)) or not 1 <= low <= high:
+        raise InputError(f"min_pixels={low!r} and max_pixels={high!r} leave no size: both are whole numbers, 1 <= min <= max.")
+    return low, high
 
 
 def _encode_image(image: Image.Image) -> str:

@@ -8,7 +8,8 @@ from PIL import Image
 from ..errors import InputError
 from ..images import to_rgb_images
 from ..prompts import RECONSTRUCT_INSTRUCTION, require_text
-from .chat import Chat
+from ..sampling.flow_matching import flow_sigmas
+from .chat import Chat, pixel_budget, some_rgb_images
 
 if TYPE_CHECKING:
     from .blip3o import Blip3oPipeline
@@ -46,6 +47,10 @@ def edit(
     decoding = dict(decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale, width=width, height=height)
     pipe.check_generate(flat, seeds=seeds, steps=steps, guidance_scale=guidance_scale, solver=solver, negative=negative, **decoding)
 
+    flow_sigmas(steps, strength=strength)
+    if strength < 1:
+        pipe.require_vision_encoder()
+
     results = [row[0] for row in sources]
     for link in range(max(map(len, chains))):
         todo = [index for index, chain in enumerate(chains) if link < len(chain)]
@@ -77,17 +82,26 @@ class DrawingChat(Chat):
 
     models: "Blip3oPipeline"
 
-    def draw(self, prompt: str, seeds: Sequence[int] = (0,), *, strength: float = 1.0, **settings: Any) -> list[Image.Image]:
-        """Draws one picture per seed: an edit of the newest picture of the conversation, or from the prompt alone.
+    def draw(
+        self, prompt: str, seeds: Sequence[int] = (0,), *, images: Sequence | None = None, strength: float = 1.0,
+        min_pixels: int | None = None, max_pixels: int | None = None, **settings: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Draws one picture per seed: an edit of `images`, of the newest picture of the conversation, or from the prompt alone.
 
         The exchange becomes part of the conversation; it is unchanged if drawing fails or is cancelled.
+
+        Args:
+            images: pictures that the prompt is about; the first is changed.
+            min_pixels, max_pixels: the size at which later turns see the pictures, as in `say`.
+            settings: as in `edit` or, without a picture, `Blip3oPipeline.generate`.
         """
         require_text(prompt)
-        last = self.last_image
-        if last is None:
-            pictures = self.models.generate([prompt] * len(seeds), seeds=list(seeds), **settings)
+        pixel_budget(min_pixels, max_pixels)
+        given = some_rgb_images(images)
+        sources = given or ([self.last_image] if self.last_image is not None else [])
+        if sources:
+            pictures = edit(self.models, [sources] * len(seeds), [prompt] * len(seeds), seeds=list(seeds), strength=strength, **settings)
         else:
-            pictures = edit(self.models, [last] * len(seeds), [prompt] * len(seeds), seeds=list(seeds), strength=strength, **settings)
-        self.show(prompt, pictures)
+            pictures = self.models.generate([prompt] * len(seeds), seeds=list(seeds), **settings)
+        self.show(prompt, pictures, given, min_pixels=min_pixels, max_pixels=max_pixels)
         return pictures
-

@@ -18,12 +18,14 @@ POSITIONS = ("arange", "mrope")
 
 
 class LanguageModels(Protocol):
-    """Networks are loaded when they are first asked for."""
+    """Networks are loaded when they are first asked for; `context_tokens`, the longest sequence, is known before."""
 
     tokenizer: PromptTokenizer
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def context_tokens(self) -> int: ...
     @property
     def backbone(self) -> Backbone: ...
     @property
@@ -91,7 +93,8 @@ def encode_prompts(
             grid_index += 1
         own = None if features is None else features[taken : taken + pads]
         taken += pads
-        rows.append(backbone.embed(row, device=models.device, dtype=models.dtype, image_features=own, image_token_id=tokenizer.image_pad_id))
+        rows.append(backbone.embed(row, device=models.device, dtype=models.dtype, image_features=own,
+                                   image_token_id=tokenizer.image_pad_id))  # fmt: skip
         if positions == "mrope":
             text, following = multimodal_positions(row, tokenizer.image_pad_id, grids[first:grid_index])
             queries = torch.arange(following, following + backbone.num_queries).expand(3, -1)

@@ -1,6 +1,7 @@
 """The published BLIP3-o layout (Qwen2.5-VL + NextDiT, 4B, 8B and anything smaller): folder -> components."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,7 @@ class Blip3oCheckpoint:
     @classmethod
     def open(cls, folder: str | Path) -> "Blip3oCheckpoint":
         """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead."""
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
         config = read_config(folder)
         components = split_components(open_shards(folder, "model"), folder)
         absent = [name for name in TASKS["text to image"] if not components.get(name)]

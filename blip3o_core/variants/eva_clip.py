@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,7 @@ class EvaClipCheckpoint:
         ignored as in the reference; a safetensors file may not.
         Raises CheckpointError if there is no such tower here, a pickle holds anything but data, or shapes don't fit.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         file, found = _find_weights(path)
         overrides = _read_overrides(file.parent / "config.json")
         if file.suffix not in PICKLE_SUFFIXES:

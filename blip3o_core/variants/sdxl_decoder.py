@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class SdxlDecoderCheckpoint:
     @classmethod
     def open(cls, folder: str | Path) -> "SdxlDecoderCheckpoint":
         """Raises CheckpointError if `folder` (or its `diffusion-decoder/`) is no complete decoder for CLIP embeddings."""
-        given = Path(folder).expanduser()
+        given = Path(os.path.expanduser(folder))
         if given.is_file():
             raise CheckpointError(f"{given}: a single file, but the decoder is a folder with unet/, vae/ and scheduler/.")
         found = find_sdxl_decoder(given)

@@ -21,8 +21,8 @@ def register_folders() -> None:
 
 
 def list_checkpoints() -> list[str]:
-    """Folders with a config.json, relative to their root, sorted."""
-    return sorted(name for name, path in _candidates() if (path / "config.json").is_file())
+    """Folders of a model with a config.json, relative to their root, sorted."""
+    return sorted(name for name, path in _candidates() if is_checkpoint(path))
 
 
 def list_sdxl_decoders() -> list[str]:
@@ -56,7 +56,7 @@ def resolve(name: str) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder is a BLIP3-o checkpoint, not the tower alone: a tower's config.json has no model type."""
+    """Whether the folder is a transformers checkpoint, not the EVA-CLIP tower alone: its config.json has no model type."""
     config = path / "config.json"
     return config.is_file() and '"model_type"' in config.read_text("utf-8", errors="replace")
 
@@ -65,8 +65,8 @@ def fingerprint(folder: Path) -> str:
     """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced."""
     if folder.is_file():
         return f"{folder.name}:{folder.stat().st_mtime_ns}:{folder.stat().st_size}"
-    files = sorted(path for pattern in ("*.bin", "*.safetensors", "*.json", "*/*/*.safetensors", "*/*.safetensors", "*/*/*.json", "*/*.json")
-                   for path in folder.glob(pattern))  # fmt: skip
+    depths = ("", "*/", "*/*/")  # the root, its decoder, the parts of the decoder
+    files = sorted(path for depth in depths for kind in ("bin", "safetensors", "json") for path in folder.glob(f"{depth}*.{kind}"))
     return ";".join(f"{path.relative_to(folder)}:{path.stat().st_mtime_ns}:{path.stat().st_size}" for path in files)
 
 

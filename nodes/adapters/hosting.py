@@ -26,7 +26,7 @@ HOST_LAYERS = {
     nn.GroupNorm: comfy.ops.manual_cast.GroupNorm,
     nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
 }
-LoadPatcher = Callable[[Backbone], ModelPatcher]
+LoadPatcher = Callable[[], ModelPatcher]
 IMAGE_TOKENS = 1024  # room for one image in a prompt; the published size takes 256
 ACTIVATIONS_PER_TOKEN = 24  # peak activations of one decoder block in units of the hidden width, rounded up
 
@@ -74,6 +74,10 @@ class HostedBackbone:
         return torch.bfloat16 if model_management.should_use_bf16(self.device) else torch.float32
 
     @property
+    def context_tokens(self) -> int:
+        return self.backbone.context_tokens
+
+    @property
     def backbone(self) -> Backbone:
         return self.patcher.model
 
@@ -81,7 +85,7 @@ class HostedBackbone:
     def vision_tower(self) -> VisionTower:
         """Made resident beside the backbone whenever it is asked for, which is once per prompt or turn with images."""
         if self._vision_patcher is None:
-            self._vision_patcher = self._load_vision(self.backbone)
+            self._vision_patcher = self._load_vision()
         self._make_resident(self._vision_patcher)
         return self._vision_patcher.model
 
@@ -89,7 +93,7 @@ class HostedBackbone:
     def output_head(self) -> nn.Module:
         """Made resident beside the backbone whenever it is asked for, which is once per answer."""
         if self._head_patcher is None:
-            self._head_patcher = self._load_head(self.backbone)
+            self._head_patcher = self._load_head()
         self._make_resident(self._head_patcher)
         return self._head_patcher.model
 
@@ -101,7 +105,7 @@ class HostedBackbone:
 
     def encode_prompts(self, prompts: Sequence[str], **arguments) -> Tensor:
         """Prompts -> query states (B, 64, H) float32, on the host's intermediate device. Arguments of `language.encode_prompts`."""
-        longest = self.backbone.context_tokens - 1 - self.backbone.num_queries
+        longest = self.context_tokens - 1 - self.backbone.num_queries
         for prompt in prompts:  # before weights move
             self.tokenizer.generation_ids(prompt, template=arguments.get("template", True), max_tokens=longest)
         images = sum(len(row) for row in arguments.get("images") or [])

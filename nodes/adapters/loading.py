@@ -25,11 +25,16 @@ from .progress import LoadProgress
 
 def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
     """The language side as stored, memory-mapped; the host decides where it lives."""
-    return HostedBackbone(
-        _backbone_patcher(checkpoint), checkpoint.tokenizer,
-        load_vision=lambda _: _text_side_patcher(checkpoint.load_vision_tower(dtype=None, on_load=LoadProgress()), False),
-        load_head=lambda backbone: _text_side_patcher(checkpoint.load_output_head(backbone, dtype=None, on_load=LoadProgress()), False),
-    )  # fmt: skip
+    patcher = _backbone_patcher(checkpoint)
+
+    def load_vision() -> ModelPatcher:
+        return _text_side_patcher(checkpoint.load_vision_tower(dtype=None, on_load=LoadProgress()))
+
+    def load_head() -> ModelPatcher:
+        head = checkpoint.load_output_head(patcher.model, dtype=None, on_load=LoadProgress())
+        return _text_side_patcher(nn.Sequential(head))  # the patcher counts layers by name, which a bare layer has none of
+
+    return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head)
 
 
 def load_vision_encoder(source: EvaClipCheckpoint) -> HostedVisionEncoder:
@@ -54,7 +59,7 @@ def _backbone_patcher(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = Fals
     return patcher
 
 
-def _text_side_patcher(network: nn.Module, disable_dynamic: bool) -> ModelPatcher:
+def _text_side_patcher(network: nn.Module, disable_dynamic: bool = False) -> ModelPatcher:
     return _patcher_class(disable_dynamic)(
         use_host_layers(network), load_device=model_management.text_encoder_device(),
         offload_device=model_management.text_encoder_offload_device(),

@@ -8,7 +8,8 @@ import pytest
 from .comfy_server import ComfyServer
 from .hosts import REPOSITORY, Host, HostSpec, prepare_host, selected_hosts
 
-TINY_CHECKPOINT = REPOSITORY / "tests" / "data" / "sdxl" / "checkpoint"
+DATA = REPOSITORY / "tests" / "data" / "sdxl"
+MODELS = {"blip3o/tiny": DATA / "checkpoint", "blip3o/eva": DATA / "eva_clip_vision_tower"}
 TEST_TIMEOUT_S = 600
 
 
@@ -29,6 +30,6 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 @pytest.fixture(scope="module")
 def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server with the tiny checkpoint as blip3o/tiny. One for each test file: no cached outputs of other files."""
-    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), models={"blip3o/tiny": TINY_CHECKPOINT}) as running:
+    """A server with the tiny checkpoint and EVA-CLIP tower. One for each test file: no cached outputs of other files."""
+    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), models=MODELS) as running:
         yield running

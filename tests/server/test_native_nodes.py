@@ -95,7 +95,8 @@ def test_a_lora_file_is_applied_by_core_without_unmatched_keys(server, plain, ti
     from blip3o_core import Blip3oPipeline
 
     paths = write_lora(server, "test.safetensors", scale=0.3)
-    graph = with_model(graphs.embedding_only(10), node("LoraLoaderModelOnly", model=["1", 1], lora_name="test.safetensors", strength_model=0.5))
+    loader = node("LoraLoaderModelOnly", model=["1", 1], lora_name="test.safetensors", strength_model=0.5)
+    graph = with_model(graphs.embedding_only(10), loader)
     z = run_latent(server, graph)
     assert "lora key not loaded" not in server.log()
     assert (z - plain).abs().max() > 1e-2

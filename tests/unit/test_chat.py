@@ -108,8 +108,9 @@ def test_stopping_on_request_keeps_what_was_said(pipe):
 
     chat = pipe.chat()
     answer = chat.say("Hello", max_new_tokens=50, on_token=stop_at_third)
-    assert len(pieces) == 3
-    assert answer == "".join(pieces)
+    assert len(pieces) == 3, "called for every token"
+    assert len(chat.messages[-1].ids) == 3
+    assert answer.rstrip("\ufffd") == "".join(pieces)
     assert chat.messages[-1].text == answer
 
 
@@ -216,3 +217,44 @@ def test_a_checkpoint_without_vision_tower_still_reads_text(checkpoint_copy, edi
     assert isinstance(pipe.ask("Hello", max_new_tokens=2), str)
     with pytest.raises(CheckpointError, match="hold no vision tower"):
         pipe.ask("What is this?", [image], max_new_tokens=2)
+
+
+def test_a_picture_given_to_draw_is_edited_and_remembered(pipe, image):
+    chat = pipe.chat()
+    drawn = chat.draw("Make it red", seeds=[3], images=[image], max_pixels=4000, **DRAWING)[0]
+    assert drawn.tobytes() == pipe.edit([image], ["Make it red"], seeds=[3], **DRAWING)[0].tobytes()
+    assert [len(message.images) for message in chat.messages] == [0, 1, 1]
+    assert {message.max_pixels for message in chat.messages[1:]} == {4000}
+
+
+def test_images_as_one_tensor_batch(pipe):
+    batch = torch.rand(2, 3, 60, 60, generator=torch.Generator().manual_seed(0))
+    together = pipe.ask("What are these?", batch, max_new_tokens=6, return_ids=True)
+    assert together == pipe.ask("What are these?", [batch[0], batch[1]], max_new_tokens=6, return_ids=True)
+
+
+@pytest.mark.parametrize("budget", [dict(min_pixels=0), dict(max_pixels=-1), dict(min_pixels=5000, max_pixels=4000), dict(max_pixels=1e6)])
+def test_pixel_budgets_out_of_range_are_refused(pipe, budget):
+    with pytest.raises(InputError, match="leave no size"):
+        pipe.ask("Hello", **budget)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-5", "1.5", "null"])
+def test_a_saved_conversation_with_damaged_numbers(pipe, value):
+    chat = pipe.chat()
+    chat.say("Hello", max_new_tokens=2)
+    text = chat.to_json().replace('"max_pixels": 12845056', f'"max_pixels": {value}')
+    if value == "null":  # the default, as in a file written by hand
+        assert DrawingChat.from_json(pipe, text).messages[-1].max_pixels == 12845056
+    else:
+        with pytest.raises(InputError):
+            DrawingChat.from_json(pipe, text)
+
+
+def test_a_full_context_is_found_before_weights_are_loaded(tiny_checkpoint):
+    from blip3o_core import Blip3oPipeline
+
+    fresh = Blip3oPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    with pytest.raises(InputError, match="the context holds 4096"):
+        fresh.ask("word " * 5000)
+    assert fresh._backbone is None and fresh._output_head is None

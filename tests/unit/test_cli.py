@@ -20,7 +20,7 @@ def test_help_teaches_by_example_and_answers_at_once(blip3o):
     result = blip3o("--help", check=True)
     assert time.monotonic() - began < 2, "torch must not be imported for --help"
     assert "example:" in result.stdout
-    for subcommand in ("generate", "inspect"):
+    for subcommand in ("generate", "edit", "vary", "reconstruct", "ask", "chat", "caption", "inspect"):
         assert "examples:" in blip3o(subcommand, "--help", check=True).stdout
 
 

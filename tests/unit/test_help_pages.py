@@ -24,24 +24,33 @@ class NodeSchema(NamedTuple):
 def read_schemas() -> list[NodeSchema]:
     """The io.Schema(...) of each class in nodes/*.py."""
     modules = [ast.parse(file.read_text("utf-8")) for file in sorted((REPOSITORY / "nodes").glob("*.py"))]
-    calls = [call for module in modules for call in ast.walk(module)
-             if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema"]  # fmt: skip
-    return [read_schema({keyword.arg: keyword.value for keyword in call.keywords}) for call in calls]
+    return [read_schema({keyword.arg: keyword.value for keyword in call.keywords}, module) for module in modules
+            for call in ast.walk(module) if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema"]  # fmt: skip
 
 
-def read_schema(arguments: dict[str | None, ast.expr]) -> NodeSchema:
+def read_schema(arguments: dict[str | None, ast.expr], module: ast.Module) -> NodeSchema:
     return NodeSchema(
         node_id=ast.literal_eval(arguments["node_id"]),
         display_name=ast.literal_eval(arguments["display_name"]),
-        inputs={ast.literal_eval(call.args[0]): literals(call) for call in elements(arguments["inputs"])},
-        outputs=[str(literals(call)["display_name"]) for call in elements(arguments["outputs"])],
+        inputs={ast.literal_eval(call.args[0]): literals(call) for call in elements(arguments["inputs"], module)},
+        outputs=[str(literals(call)["display_name"]) for call in elements(arguments["outputs"], module)],
     )
 
 
-def elements(value: ast.expr) -> list[ast.Call]:
-    """The entries of `inputs` and `outputs`, which must be lists of calls, written out."""
-    assert isinstance(value, ast.List) and all(isinstance(call, ast.Call) for call in value.elts), ast.unparse(value)
-    return [call for call in value.elts if isinstance(call, ast.Call)]
+def elements(value: ast.expr | None, module: ast.Module) -> list[ast.Call]:
+    """The entries of `inputs` and `outputs`: calls, written out or returned by a function of the module (`*shared()`)."""
+    assert isinstance(value, ast.List), value and ast.unparse(value)
+    found = []
+    for entry in value.elts:
+        if isinstance(entry, ast.Starred):
+            call = ast.unparse(entry.value)
+            [function] = [node for node in module.body if isinstance(node, ast.FunctionDef) and f"{node.name}()" == call]
+            [result] = [node for node in function.body if isinstance(node, ast.Return)]
+            found += elements(result.value, module)
+        else:
+            assert isinstance(entry, ast.Call), ast.unparse(entry)
+            found.append(entry)
+    return found
 
 
 def literals(call: ast.Call) -> dict[str, object]:
@@ -93,7 +102,7 @@ def test_the_page_gives_defaults_and_ranges_as_the_code_does(schema: NodeSchema)
         expected = {limit: shown(arguments[limit]) for limit in LIMITS if limit in arguments}
         if "default" in expected:
             assert cells[3] == expected["default"], name
-        if "min" in expected:
+        if "min" in expected and "max" in expected:
             assert cells[4] == f"{expected['min']} to {expected['max']}", name
         for word in ("optional", "advanced"):
             assert (f"({word})" in cells[1]) == bool(arguments.get(word)), f"{name}: {word}"

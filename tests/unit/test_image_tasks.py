@@ -101,7 +101,7 @@ def test_editing_at_full_strength_needs_no_eva_tower(pipe, image):
 )
 def test_bad_edits_are_refused(seeing, image, arguments, message):
     with pytest.raises(InputError, match=message):
-        seeing.edit(**{"images": [image], "instructions": ["Make it red"], "steps": 2, "decoder_steps": 2, "width": 64, "height": 64, **arguments})
+        seeing.edit(**{"images": [image], "instructions": ["Make it red"], "steps": 2, **QUICK, **arguments})
 
 
 def test_images_that_do_not_match_prompts(pipe, image, expected):
@@ -122,7 +122,17 @@ def test_arithmetic():
     torch.testing.assert_close(mix([a, b, c], [1, 1, 2]), torch.full_like(a, 6.0))
     torch.testing.assert_close(add_difference(c, b, a, 0.5), torch.full_like(a, 11.0))
     assert mix([a, torch.zeros(3, 4, 8, 8)], [1, 1]).shape == (3, 4, 8, 8)
-    for bad in (lambda: mix([a, b], [1, -1]), lambda: mix([a], [1, 2]), lambda: mix([], []),
-                lambda: interpolate(a, torch.zeros(1, 5, 8, 8), 0.5), lambda: mix([torch.zeros(2, 4, 8, 8), torch.zeros(3, 4, 8, 8)], [1, 1])):  # fmt: skip
+    bad_calls = (
+        lambda: mix([a, b], [1, -1]), lambda: mix([a], [1, 2]), lambda: mix([], []),
+        lambda: interpolate(a, torch.zeros(1, 5, 8, 8), 0.5),
+        lambda: mix([torch.zeros(2, 4, 8, 8), torch.zeros(3, 4, 8, 8)], [1, 1]),
+    )  # fmt: skip
+    for bad in bad_calls:
         with pytest.raises(InputError):
             bad()
+
+
+def test_prompts_with_and_without_images_in_one_batch(pipe, image, expected, expected_text, relative_error):
+    states = pipe.encode_prompt([expected_text["prompts"][0], "Make it red", "Make it blue"], images=[None, image, []])
+    assert relative_error(states[:1], expected["query.0"]) <= 1e-5
+    assert relative_error(states[1:2], pipe.encode_prompt(["Make it red"], images=[[image]])) <= 1e-5

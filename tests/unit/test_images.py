@@ -386,3 +386,9 @@ def test_rounding_of_the_long_side_and_of_the_crop(size, resized, top):
     image = photo(size=size)
     square = image.resize(resized, Image.Resampling.BICUBIC).crop((0, top, 448, top + 448))
     assert torch.equal(eva_pixel_values([image]), eva_pixel_values([square]))
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("~nobody-by-this-name.png")
+    assert load_image("~nobody-by-this-name.png").size == (4, 4)

@@ -12,16 +12,19 @@ HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder
 EVERYBODY = {"errors", "runtime", ""}  # "" is the package root: __version__
 ALLOWED = {
     "errors": set(),
+    "presets": set(),
     "runtime": set(),
     "prompts": set(),
     "preview": set(),
+    "images": set(),
+    "embeddings": set(),
     "": {"pipelines"},
     "checkpoint": set(),
     "models": set(),
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts"},
-    "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts"},
-    "cli": {"pipelines", "checkpoint", "variants"},
+    "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images"},
+    "cli": {"pipelines", "checkpoint", "variants", "images", "presets"},
 }
 
 

@@ -26,6 +26,6 @@ def test_files_and_nodes_that_the_readme_names_exist():
 
 
 def test_options_that_the_readme_uses_exist():
-    help_source = "".join((REPOSITORY / "blip3o_core" / "cli" / name).read_text("utf-8") for name in ("generate.py", "inspect.py", "options.py"))
+    help_source = "".join(file.read_text("utf-8") for file in sorted((REPOSITORY / "blip3o_core" / "cli").glob("*.py")))
     for option in set(re.findall(r"(?<=\s)--[a-z-]+", "".join(re.findall(r"blip3o .*", README)))):
         assert f'"{option}"' in help_source or option == "--help", option
