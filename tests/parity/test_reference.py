@@ -92,7 +92,7 @@ def test_decoding_without_guidance_runs_the_conditional_branch_only(pipe, expect
     latents = pipe.decode_embeddings(expected["decode.cond"], output_type="latent", **arguments)
     assert relative_error(latents, expected["decode.steps8.cfg1.0.latents"]) <= 2e-4  # measured 0 / 1.5e-5
     picture = pipe.decode_embeddings(expected["decode.cond"], output_type="pt", **arguments).permute(0, 2, 3, 1)
-    assert (picture - expected["decode.steps8.cfg1.0.image"]).abs().max() <= 2e-4  # measured 4.2e-7 / 7.8e-6
+    assert (picture - expected["decode.steps8.cfg1.0.image"]).abs().max() <= 2e-4  # measured 3.6e-7 / 1.5e-5
 
 
 def test_an_embedding_may_be_a_grid_or_tokens(pipe, expected):
@@ -110,5 +110,5 @@ def test_reduced_precision_keeps_the_direction(tiny_checkpoint, expected, expect
     q = pipe.encode_prompt(expected_text["prompts"][:1])
     z = pipe.sample_embeddings(expected["query.0"], noise=expected["sample.noise"])
     for actual, reference in ((q, expected["query.0"]), (z, expected["sample.0.steps30.cfg3.0"])):
-        # cosine over all elements, required 0.999; measured 0.99995 or better
+        # cosine over all elements; measured 0.99995 and 0.99998 in bfloat16, above 0.999999 in float16
         assert torch.cosine_similarity(actual.float().flatten(), reference.flatten(), dim=0) >= 0.999

@@ -31,7 +31,7 @@ def test_ksampler_on_the_simple_schedule_gives_the_reference_embedding(server, p
     graph = graphs.embedding_only(10)
     graph[graphs.EMBEDDING] = node("KSampler", model=["1", 1], seed=7, steps=10, cfg=3.0, sampler_name="euler", scheduler="simple",
                                    positive=["2", 0], negative=["2", 1], latent_image=["3", 0], denoise=1.0)  # fmt: skip
-    assert relative_error(run_latent(server, graph), plain) <= 1e-3  # measured 3e-7
+    assert relative_error(run_latent(server, graph), plain) <= 1e-3  # measured 0
 
 
 def test_custom_advanced_sampler_with_cfg_guider(server, plain, relative_error):
@@ -108,7 +108,7 @@ def test_a_lora_file_is_applied_by_core_without_unmatched_keys(server, plain, ti
         merged.dit.get_submodule(path).weight += 0.5 * up @ down
     prompt = graphs.shipped()[graphs.PROMPT]["inputs"]["prompt"]
     headless = merged.sample_embeddings(merged.encode_prompt([prompt]), steps=10, seeds=[7])
-    assert relative_error(z, headless) <= 1e-3  # measured 4e-6
+    assert relative_error(z, headless) <= 1e-3  # measured 7.4e-7
 
 
 def test_core_trains_a_lora_on_it(server):

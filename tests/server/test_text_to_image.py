@@ -42,7 +42,7 @@ def run_latent(server: ComfyServer, graph: graphs.Graph) -> torch.Tensor:
 def test_the_graph_and_the_command_draw_the_same_picture(server, shipped_run, pipe, psnr):
     picture = as_tensor(server.images(shipped_run)[0])
     headless = pipe.generate([PROMPT], seeds=[SEED], width=graphs.SIDE, height=graphs.SIDE, output_type="pt")
-    assert psnr(picture, headless) >= 45  # dB; measured 51: at most one grey level, from rounding to 8 bits
+    assert psnr(picture, headless) >= 45  # dB; measured 52.8 on both hosts: at most one grey level, from rounding to 8 bits
     other = pipe.generate([PROMPT], seeds=[SEED + 1], width=graphs.SIDE, height=graphs.SIDE, output_type="pt")
     assert psnr(picture, other) < 30, "other seeds must differ, or the test can't fail"
 
@@ -52,7 +52,7 @@ def test_core_euler_on_our_sigmas_gives_the_headless_embedding(server, pipe, rel
     z = run_latent(server, graphs.embedding_only(steps, noise_seed=SEED))
     prompt = graphs.shipped()[graphs.PROMPT]["inputs"]["prompt"]
     headless = pipe.sample_embeddings(pipe.encode_prompt([prompt]), steps=steps, guidance_scale=3.0, seeds=[SEED])
-    assert relative_error(z, headless) <= 1e-3  # measured 1e-6
+    assert relative_error(z, headless) <= 1e-3  # measured 6.2e-7 and less, both hosts
 
 
 def test_previews_of_the_embedding_are_colour_maps(server):
@@ -114,7 +114,7 @@ def test_interrupt_stops_within_one_step_and_the_next_prompt_runs(server, node, 
     result, steps, seconds = interrupted_run(server, graph, node, at_step=3)
     assert result.status == "interrupted"
     assert max(steps) <= 4, "the message may arrive while step 4 ends; a fifth step must not"
-    assert seconds < 5  # measured 0.1 to 1: networks of comfy ops stop in the middle of a forward pass
+    assert seconds < 5  # measured 0.01 to 0.33: networks of comfy ops stop in the middle of a forward pass
 
     after = server.run(graphs.text_to_image("the next prompt", SEED))
     assert after.status == "success", after.error
