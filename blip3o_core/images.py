@@ -125,11 +125,6 @@ def qwen_pixel_values(
     return torch.cat(patches), torch.tensor(grids, dtype=torch.int64)
 
 
-def qwen_image_tokens(grid_thw: Tensor, *, merge_size: int = 2) -> list[int]:
-    """Tokens per picture in a prompt, of grids (n, 3) as from `qwen_pixel_values`: one per merge cell."""
-    return [t * h * w // merge_size**2 for t, h, w in grid_thw.tolist()]
-
-
 def eva_pixel_values(images: Sequence[Image.Image], *, size: int = 448, crop_first: bool = False) -> Tensor:
     """Pixels for EVA-CLIP -> (B, 3, size, size) float32: the centre square of each picture.
 

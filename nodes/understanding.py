@@ -4,7 +4,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.pipelines.chat import MAX_NEW_TOKENS, MAX_PIXELS, MIN_PIXELS, Chat
-from ..blip3o_core.presets import PRESETS
+from ..blip3o_core.presets import PRESETS, build_question
 from .adapters import io_types
 from .adapters.progress import TokenProgress
 
@@ -94,7 +94,7 @@ class Blip3oAsk(io.ComfyNode):
         cls, backbone, question: str, preset: str, one_answer_per_image: bool, max_new_tokens: int, temperature: float, seed: int,
         top_p: float, top_k: int, min_pixels: int, max_pixels: int, system: str, images=None,
     ) -> io.NodeOutput:  # fmt: skip
-        text = question if preset == NO_PRESET else "\n".join(part for part in (PRESETS[preset].question, question.strip()) if part)
+        text = question if preset == NO_PRESET else build_question(preset, question.strip() or None)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
         pictures = [] if images is None else to_rgb_images(images, channels_last=True)
         groups = [[picture] for picture in pictures] if one_answer_per_image and pictures else [pictures]

@@ -37,14 +37,18 @@ def fill(
     total = sum(entry.nbytes for entry in entries.values())
     done = 0
     for name, entry in entries.items():
-        tensor = read_tensor(entry, dtype=dtype, device=device)
-        require_finite(entry, tensor)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+        place(module, name, entry, read_tensor(entry, dtype=dtype, device=device))
         done += entry.nbytes
         if on_load is not None:
             on_load(component, done, total)
     return module.eval()
+
+
+def place(module: nn.Module, name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
+    """Makes `tensor` the frozen parameter `name` of `module`. Raises CheckpointError if it is not finite."""
+    require_finite(entry, tensor)
+    owner = module.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
 
 def require_finite(entry: TensorEntry, tensor: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   blip3o edit room.jpg "Put the lamp of the second picture on the table" --image lamp.jpg
   blip3o edit car.jpg "Make it red" --strength 0.7 --vision-encoder eva_clip_vision_tower
 
-The picture is squeezed to 448 x 448 for the model, as in training. Each instruction sees the result of the one before it.
+The picture is squeezed to 448 x 448 for the model, as in the published pipeline. Each instruction sees the result of the one before it.
 """
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         pipe = open_pipeline(args, bars, args.vision_encoder)
         pipe.check_generate(args.instruction, seeds=[job.seed for job in jobs], **shared)
         if args.strength < 1:
-            pipe.vision_encoder  # noqa: B018 -- a missing tower is found before the large networks are read
+            pipe.require_vision_encoder()
         draw_jobs(
             args, pipe, bars, jobs,
             draw=lambda batch: pipe.edit([images] * len(batch), [args.instruction] * len(batch), seeds=[job.seed for job in batch],

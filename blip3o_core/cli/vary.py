@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         pipe = open_pipeline(args, bars, args.vision_encoder)
         pipe.check_generate([], seeds=[job.seed for job in jobs], **shared)
         if args.strength < 1:
-            pipe.vision_encoder  # noqa: B018 -- a missing tower is found before the large networks are read
+            pipe.require_vision_encoder()
 
         def draw(batch: list[Job]) -> list["Image.Image"]:
             groups = [(images[index], [job.seed for job in group]) for index, group in itertools.groupby(batch, lambda job: job.index)]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoint.load import OnLoad, expected_shapes, fill, require_finite
+from ..checkpoint.load import OnLoad, expected_shapes, fill, place
 from ..checkpoint.report import require_matching
 from ..checkpoint.shards import TensorEntry, open_shards, read_header
 from ..errors import CheckpointError
@@ -80,9 +80,12 @@ class EvaClipCheckpoint:
         return cls(source, config, dict(entries))
 
     def load(
-        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
     ) -> EvaClip:
-        """The tower in `dtype` on `device`, frozen and in eval mode. Tensors are mapped, converted one by one where needed."""
+        """The tower in `dtype` (None: as stored) on `device`, frozen and in eval mode.
+
+        Tensors are mapped, and converted one by one where needed.
+        """
         model = _empty(self.config)
         if self.pickle_file is None:
             fill(model, self.entries, component=COMPONENT, source=self.source, dtype=dtype, device=device, on_load=on_load)
@@ -92,7 +95,7 @@ class EvaClipCheckpoint:
         return model.eval()
 
     def _fill_from_pickle(
-        self, model: EvaClip, *, dtype: torch.dtype, device: torch.device | str, on_load: OnLoad | None
+        self, model: EvaClip, *, dtype: torch.dtype | None, device: torch.device | str, on_load: OnLoad | None
     ) -> None:
         tensors: dict[str, tuple[str, Tensor]] = {}
         mapped = zipfile.is_zipfile(self.pickle_file)  # older formats are read as a whole
@@ -104,10 +107,7 @@ class EvaClipCheckpoint:
             original, tensor = tensors.pop(name, (entry.name, None))
             if tensor is None or tuple(tensor.shape) != entry.shape:
                 raise CheckpointError(f"{self.source}: {original} has changed since the file was opened. Open it again.")
-            tensor = tensor.detach().to(device=device, dtype=dtype).contiguous()
-            require_finite(entry, tensor)
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+            place(model, name, entry, tensor.detach().to(device=device, dtype=dtype).contiguous())
             done += entry.nbytes
             if on_load is not None:
                 on_load(COMPONENT, done, total)

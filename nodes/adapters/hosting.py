@@ -48,6 +48,11 @@ def use_host_layers(module: nn.Module) -> nn.Module:
     return module
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32; float16 overflows in these models."""
+    return torch.bfloat16 if model_management.should_use_bf16(device) else torch.float32
+
+
 class HostedBackbone:
     """The language side of a checkpoint on its socket: ModelPatchers that the host loads, streams and frees, and the tokenizer.
 
@@ -70,8 +75,7 @@ class HostedBackbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 where the device computes in it, else float32; float16 overflows in this model."""
-        return torch.bfloat16 if model_management.should_use_bf16(self.device) else torch.float32
+        return compute_dtype(self.device)
 
     @property
     def context_tokens(self) -> int:
@@ -136,7 +140,7 @@ class HostedVisionEncoder:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         device = self.patcher.load_device
-        dtype = torch.bfloat16 if model_management.should_use_bf16(device) else torch.float32
+        dtype = compute_dtype(device)
         config = self.patcher.model.config
         tokens = (config.image_size // config.patch_size) ** 2
         model_management.load_models_gpu([self.patcher], memory_required=tokens * config.width * ACTIVATIONS_PER_TOKEN * dtype.itemsize)

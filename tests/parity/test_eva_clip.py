@@ -15,8 +15,9 @@ from PIL import Image
 
 from blip3o_core.checkpoint.load import expected_shapes
 from blip3o_core.checkpoint.shards import TensorEntry, open_shards
-from blip3o_core.images import eva_pixel_values, load_image, qwen_image_tokens, qwen_pixel_values
+from blip3o_core.images import eva_pixel_values, load_image, qwen_pixel_values
 from blip3o_core.models.eva_clip import EvaClip, EvaClipConfig
+from blip3o_core.pipelines.language import merged_grids
 from blip3o_core.variants.blip3o import split_components
 from blip3o_core.variants.eva_clip import EvaClipCheckpoint
 
@@ -49,7 +50,7 @@ def test_pixels_of_qwen(image, expected):
     values, grid = qwen_pixel_values([image], min_pixels=3136, max_pixels=28224)
     assert torch.equal(values, expected["qwen.pixel_values"])  # measured 0 / 0
     assert torch.equal(grid, expected["qwen.grid_thw"])
-    assert qwen_image_tokens(grid) == [30]
+    assert [t * h * w for t, h, w in merged_grids(grid)] == [30]
 
 
 @pytest.mark.parametrize(("name", "bounds"), [

@@ -1,5 +1,6 @@
 """Pictures as users have them: every format becomes the RGB that a viewer shows, every bad file an error that says why."""
 
+import math
 import os
 import re
 import warnings
@@ -13,7 +14,8 @@ from PIL import Image, ImageFile
 
 from blip3o_core import images
 from blip3o_core.errors import InputError
-from blip3o_core.images import eva_pixel_values, load_image, qwen_image_tokens, qwen_pixel_values, to_rgb_images
+from blip3o_core.images import eva_pixel_values, load_image, qwen_pixel_values, to_rgb_images
+from blip3o_core.pipelines.language import merged_grids
 
 PHOTOS = Path(skimage.__file__).parent / "data"  # photographs in the wheel: astronaut, coffee, rocket (JPEG), ...
 
@@ -338,14 +340,14 @@ def test_patches_of_several_pictures_follow_each_other():
     alone = [qwen_pixel_values([image]) for image in (first, second)]
     assert torch.equal(values, torch.cat([values for values, _ in alone]))
     assert grid.tolist() == [[1, 28, 42], [1, 36, 22]]
-    assert qwen_image_tokens(grid) == [14 * 21, 18 * 11]
+    assert [t * h * w for t, h, w in merged_grids(grid)] == [14 * 21, 18 * 11]
     assert (values.dtype, grid.dtype) == (torch.float32, torch.int64)
 
 
 @pytest.mark.parametrize("size", [(3000, 2000), (2000, 300), (300, 2000), (90, 30)])
 def test_the_area_stays_within_its_bounds(size):
     _, grid = qwen_pixel_values([Image.new("RGB", size)], min_pixels=200 * 784, max_pixels=300 * 784)
-    assert 200 <= qwen_image_tokens(grid)[0] <= 300
+    assert 200 <= math.prod(merged_grids(grid)[0]) <= 300
 
 
 def test_no_side_gets_shorter_than_a_merge_cell():
@@ -358,7 +360,7 @@ def test_a_fixed_size_squeezes():
     values, grid = qwen_pixel_values([image], size=(448, 448))
     squeezed, _ = qwen_pixel_values([image.resize((448, 448), Image.Resampling.BICUBIC)])
     assert torch.equal(values, squeezed)
-    assert (grid.tolist(), qwen_image_tokens(grid)) == ([[1, 32, 32]], [256])
+    assert (grid.tolist(), [t * h * w for t, h, w in merged_grids(grid)]) == ([[1, 32, 32]], [256])
 
 
 @pytest.mark.parametrize("bounds", [dict(min_pixels=0), dict(max_pixels=100), dict(min_pixels=5000, max_pixels=4000)])
