@@ -15,3 +15,15 @@ class InputError(Blip3oError, ValueError):
 
 class OutputError(Blip3oError):
     """A result can't be written where it was asked for."""
+
+
+class ConfigError(InputError):
+    """A training configuration with an unknown key, a wrong type or values that contradict each other."""
+
+
+class DataError(InputError):
+    """A dataset that is empty, damaged beyond its limit, or not in the layout it is said to have."""
+
+
+class TrainingError(Blip3oError):
+    """Training can't go on or can't be resumed; what was saved before is intact."""

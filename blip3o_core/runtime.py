@@ -1,5 +1,7 @@
 """Device and dtype, as a user names them."""
 
+import importlib
+
 import torch
 
 from .errors import InputError
@@ -35,3 +37,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if name not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown. Use one of {', '.join([*DTYPES, *DTYPE_ALIASES])} or auto.")
     return DTYPES[name]
+
+
+def require_package(name: str, *, extra: str, purpose: str):
+    """The imported optional package. Raises InputError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{purpose} needs the package {name} ({error}). Install it: pip install 'comfyui-blip3o[{extra}]', or in a "
+                         f"clone of the repository pip install -e '.[{extra}]'.") from error

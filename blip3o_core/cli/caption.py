@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import remove_stale_files, require_writable, write_text
 from ..presets import build_question
 from .ask import MEMORY_ADVICE, PRESET_LIST
-from .files import remove_stale_files, require_writable, write_text
 from .options import add_answer_arguments, add_model_arguments, answer_settings, memory_errors, open_pipeline
 from .progress import ProgressBars
 

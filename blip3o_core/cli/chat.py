@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Blip3oError, InputError, OutputError
+from ..files import require_writable, write_text
 from .ask import MEMORY_ADVICE, AnswerPrinter
 from .drawing import (
     DRAWING_ADVICE,
@@ -22,7 +23,6 @@ from .drawing import (
     numbered_path,
     save_png,
 )
-from .files import require_writable, write_text
 from .options import add_answer_arguments, add_model_arguments, answer_settings, memory_errors, open_pipeline
 from .progress import ProgressBars
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, OutputError
-from .files import require_writable, whole_file
+from ..files import require_writable, whole_file
 from .options import memory_errors
 from .progress import ProgressBars
 

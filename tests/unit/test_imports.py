@@ -9,11 +9,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server"}
-EVERYBODY = {"errors", "runtime", ""}  # "" is the package root: __version__
+EVERYBODY = {"errors", "runtime", "files", ""}  # "" is the package root: __version__
 ALLOWED = {
     "errors": set(),
     "presets": set(),
     "runtime": set(),
+    "files": set(),
     "prompts": set(),
     "preview": set(),
     "images": set(),
@@ -23,8 +24,11 @@ ALLOWED = {
     "models": set(),
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts"},
-    "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images"},
-    "cli": {"pipelines", "checkpoint", "variants", "images", "presets"},
+    "lora": {"models", "checkpoint", "variants"},
+    "data": {"prompts", "images", "models"},
+    "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
+    "train": {"data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
+    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train"},
 }
 
 

@@ -1,0 +1,1 @@
+"""Training data: datasets as people have them -> samples -> prepared examples."""

@@ -1,0 +1,1 @@
+"""LoRA files: reading, writing, merging, converting. Training them is in train/."""

@@ -1,0 +1,1 @@
+"""The trainer: python -m blip3o_core.train CONFIG.toml."""
