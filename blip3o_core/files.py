@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import OutputError
+from .errors import OutputError
 
 STALE_AFTER_S = 600  # a temporary file lives for milliseconds; one this old belongs to a process that was killed
 
