@@ -6,6 +6,7 @@ reference: bicubic filters of other libraries differ by more than the rounding t
 B batch, H x W pixels.
 """
 
+import io
 import math
 import os
 import stat
@@ -48,20 +49,29 @@ def load_image(path: str | Path) -> Image.Image:
     """
     path = Path(os.path.expanduser(path))  # a file may be called ~name; Path.expanduser raises then
     _require_regular_file(path)
+    return _read(path, path)
+
+
+def load_image_bytes(content: bytes, name: str) -> Image.Image:
+    """As `load_image`, from what a file holds; `name` is for messages."""
+    return _read(io.BytesIO(content), name)
+
+
+def _read(source: Path | io.BytesIO, name: str | Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata; what matters is raised here
         try:
-            with Image.open(path) as image:
-                return _to_rgb(image, path)
+            with Image.open(source) as image:
+                return _to_rgb(image, name)
         except InputError:
             raise
         except UnidentifiedImageError:
-            raise InputError(f"{path}: not a picture in a format that can be read here. A web page or a Git LFS pointer saved "
+            raise InputError(f"{name}: not a picture in a format that can be read here. A web page or a Git LFS pointer saved "
                              "under a picture's name looks like this; download it again, or save it as PNG or JPEG.") from None
         except Image.DecompressionBombError:
-            raise _too_large(path) from None
+            raise _too_large(name) from None
         except _DAMAGED as error:
-            raise _damaged(path, error) from error
+            raise _damaged(name, error) from error
 
 
 def to_rgb_images(

@@ -26,6 +26,7 @@ class Special:
 Pieces = list[Special | str]
 
 IM_START, IM_END, END_OF_TEXT = Special("<|im_start|>"), Special("<|im_end|>"), Special("<|endoftext|>")
+CLOSE_TURN: Pieces = [IM_END, "\n"]
 VISION_START, IMAGE_PAD, VISION_END = Special("<|vision_start|>"), Special("<|image_pad|>"), Special("<|vision_end|>")
 
 
@@ -36,7 +37,7 @@ def vision_blocks(image_tokens: Sequence[int]) -> Pieces:
 
 def turn(role: str, text: str, image_tokens: Sequence[int] = ()) -> Pieces:
     """One closed turn of a conversation; images stand before the text."""
-    return [IM_START, f"{role}\n", *vision_blocks(image_tokens), text, IM_END, "\n"]
+    return [IM_START, f"{role}\n", *vision_blocks(image_tokens), text, *CLOSE_TURN]
 
 
 def open_turn(role: str = "assistant") -> Pieces:
@@ -44,15 +45,15 @@ def open_turn(role: str = "assistant") -> Pieces:
     return [IM_START, f"{role}\n"]
 
 
-def generation_template(caption: str) -> Pieces:
-    """The text-to-image turn of the reference; the assistant turn stays open (in training it was closed)."""
+def generation_template(caption: str, *, closed: bool = False) -> Pieces:
+    """The text-to-image turn of the reference; the assistant turn stays open, or is closed as when the reference was trained."""
     request = f"Please generate image based on the following caption: {caption}"
-    return [*turn("system", SYSTEM), *turn("user", request), *open_turn()]
+    return [*turn("system", SYSTEM), *turn("user", request), *open_turn(), *(CLOSE_TURN if closed else ())]
 
 
-def edit_template(instruction: str, image_tokens: Sequence[int]) -> Pieces:
+def edit_template(instruction: str, image_tokens: Sequence[int], *, closed: bool = False) -> Pieces:
     """Image-conditioned generation: the same frame with images and a free instruction."""
-    return [*turn("system", SYSTEM), *turn("user", instruction, image_tokens), *open_turn()]
+    return [*turn("system", SYSTEM), *turn("user", instruction, image_tokens), *open_turn(), *(CLOSE_TURN if closed else ())]
 
 
 class PromptTokenizer:
@@ -150,6 +151,36 @@ class PromptTokenizer:
             raise InputError(f"the prompt {prompt[:40]!r}... has {len(ids)} tokens with its frame; this model takes {max_tokens} "
                              f"and was trained on {TRAINED_PROMPT_TOKENS}. Shorten it or give fewer images.")
         return [*ids, self.image_start_id]
+
+    def training_ids(self, prompt: str, *, image_tokens: Sequence[int] = (), closed: bool = False) -> list[int]:
+        """Ids of a training prompt, closed by `[IMG]`: an empty one is allowed (caption dropout), a long one is cut as in the reference.
+
+        Args:
+            image_tokens: features of each image before the prompt, which then is an instruction.
+            closed: the published training form, in which the assistant turn was ended before `[IMG]`.
+        """
+        template = edit_template(prompt, image_tokens, closed=closed) if image_tokens else generation_template(prompt, closed=closed)
+        return [*self.ids(template)[:TRAINED_PROMPT_TOKENS], self.image_start_id]
+
+    def conversation_ids(self, turns: Sequence[tuple[str, str]], image_tokens: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
+        """Ids of a whole conversation, and which of them an assistant has to learn to write: its answers with `<|im_end|>`.
+
+        Args:
+            turns: (role, text); a system turn comes first or is added. image_tokens: features of each image, in the first user turn.
+        """
+        turns = list(turns) if turns and turns[0][0] == "system" else [("system", SYSTEM), *turns]
+        first_user = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
+        ids: list[int] = []
+        learned: list[bool] = []
+        for index, (role, text) in enumerate(turns):
+            if role == "assistant":  # tokenised apart from the role, as when the model writes it
+                parts = [(self.ids(open_turn()), False), (self.ids([text, IM_END]), True), (self.ids(["\n"]), False)]
+            else:
+                parts = [(self.ids(turn(role, text, image_tokens if index == first_user else ())), False)]
+            for part, is_learned in parts:
+                ids += part
+                learned += [is_learned] * len(part)
+        return ids, learned
 
 
 def require_text(prompt: str) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Blip3oError
-from . import ask, caption, chat, edit, generate, inspect, reconstruct, vary
+from . import ask, caption, chat, edit, generate, inspect, lora, reconstruct, train, vary
 
 SUBCOMMANDS = {
     "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
-    "inspect": inspect,
+    "inspect": inspect, "lora": lora, "train": train,
 }  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -36,14 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, or 1 after an error that the user can mend (its message is on stderr)."""
+    """Runs one subcommand. Returns 0, the status that the subcommand gives, or 1 after an error that the user can mend (its message is on stderr)."""
     args = build_parser().parse_args(argv)
     for stream in (sys.stdin, sys.stdout):  # a letter that the console's code page lacks must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        SUBCOMMANDS[args.command].run(args)
+        status = SUBCOMMANDS[args.command].run(args)
     except Blip3oError as error:
         print(f"blip3o: {error}", file=sys.stderr)
         return 1
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `blip3o ... | head`
         sys.stderr.close()
         return 1
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

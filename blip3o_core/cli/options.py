@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,28 @@ if TYPE_CHECKING:
 MODEL_VARIABLE = "BLIP3O_MODEL"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) -> None:
+    """loras: offer --lora, which adapts the networks of this command."""
     parser.add_argument("--model", metavar="PATH", help=f"checkpoint folder (default: the environment variable {MODEL_VARIABLE})")
     parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder (default: diffusion-decoder/ of the model)")
     parser.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1", "mps" (default: %(default)s)')
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"),
                         help="precision of the networks (default: float32 on the CPU, bfloat16 elsewhere)")
+    parser.set_defaults(lora=[], lora_any_base=False)
+    if loras:
+        parser.add_argument("--lora", type=lora_choice, action="append", metavar="FILE[:STRENGTH]", help="add a LoRA file with this "
+                            "strength (default: 1); may be given several times")  # fmt: skip
+        parser.add_argument("--lora-any-base", action="store_true", help="also take a LoRA that was trained on another model, if its "
+                            "layers fit")  # fmt: skip
+
+
+def lora_choice(text: str) -> tuple[Path, float]:
+    """ "FILE:0.8" -> (FILE, 0.8). Without a number behind the last colon, or if there is a file of that whole name, all is the name."""
+    name, colon, number = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon and name and math.isfinite(strength := float(number)) and not os.path.exists(os.path.expanduser(text)):
+            return Path(name), strength
+    return Path(text), 1.0
 
 
 def add_vision_encoder_argument(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +91,7 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
 
     return Blip3oPipeline.from_pretrained(
         required_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
-        on_load=bars.on_load,
+        loras=args.lora, allow_other_base=args.lora_any_base, on_load=bars.on_load,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ The short side is brought to 448 pixels and the centre square is encoded, as in 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="pictures to encode and draw again")
-    add_model_arguments(parser)
+    add_model_arguments(parser, loras=False)
     add_vision_encoder_argument(parser)
     add_output_arguments(parser, per="given picture")
     add_decoder_arguments(parser, zero_image=True)

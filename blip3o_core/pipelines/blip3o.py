@@ -14,6 +14,7 @@ from .. import __version__
 from ..checkpoint.load import OnLoad
 from ..errors import Blip3oError, InputError
 from ..images import eva_pixel_values, to_rgb_images
+from ..lora.chosen import ChosenLora, open_loras
 from ..models.eva_clip import EvaClip
 from ..models.nextdit import Condition, NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
@@ -46,25 +47,35 @@ class Blip3oPipeline:
     def __init__(
         self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *, device: torch.device,
         dtype: torch.dtype, vision_source: EvaClipCheckpoint | None = None, on_load: OnLoad | None = None,
+        loras: Sequence[ChosenLora] = (), backbone: Backbone | None = None, dit: NextDiT | None = None,
+        decoder_network: SdxlDecoder | None = None,
     ) -> None:  # fmt: skip
+        """Most callers want `from_pretrained`.
+
+        Args:
+            loras: as from `open_loras`; merged into networks that are loaded here.
+            backbone, dit, decoder_network: networks that the caller already has, used as they are.
+        """
         self.checkpoint = checkpoint
         self.decoder_checkpoint = decoder_checkpoint
         self.device = device
         self.dtype = dtype
         self._on_load = on_load
         self._vision_source = vision_source
-        self._backbone: Backbone | None = None
+        self._loras = tuple(loras)
+        self._backbone = backbone
         self._vision_tower: VisionTower | None = None
         self._output_head: nn.Module | None = None
         self._vision_encoder: EvaClip | None = None
-        self._dit: NextDiT | None = None
-        self._decoder: SdxlDecoder | None = None
+        self._dit = dit
+        self._decoder = decoder_network
         self._null_embeddings: dict[tuple, Tensor] = {}
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-        decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *, on_load: OnLoad | None = None,
+        decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *,
+        loras: Sequence[tuple[str | Path, float]] = (), allow_other_base: bool = False, on_load: OnLoad | None = None,
     ) -> "Blip3oPipeline":  # fmt: skip
         """Opens a checkpoint folder of the published layout. Only local files are read.
 
@@ -74,8 +85,11 @@ class Blip3oPipeline:
             dtype: None or "auto" is float32 on the CPU and bfloat16 elsewhere.
             decoder: another folder with unet/, vae/, scheduler/; None takes `diffusion-decoder/` of `path` if it exists.
             vision_encoder: folder or file of the EVA-CLIP tower; None takes the one inside the checkpoint when it is needed.
+            loras: (file, strength) pairs, added to the weights in this order when those are loaded.
+            allow_other_base: take LoRAs that say they were trained on another base; layers and shapes must fit anyway.
             on_load: (component, bytes read, bytes in all) while weights are loaded.
-        Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings.
+        Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings; InputError
+            if a LoRA is for another base.
         """
         device = resolve_device(device)
         checkpoint = Blip3oCheckpoint.open(path)
@@ -90,8 +104,9 @@ class Blip3oPipeline:
         vision_source = None if vision_encoder is None else EvaClipCheckpoint.open(vision_encoder)
         if vision_source is not None:
             _require_width(vision_source, checkpoint)
+        opened = open_loras(checkpoint, loras, allow_other_base=allow_other_base)
         return cls(checkpoint, decoder_checkpoint, device=device, dtype=resolve_dtype(dtype, device), vision_source=vision_source,
-                   on_load=on_load)  # fmt: skip
+                   on_load=on_load, loras=opened)  # fmt: skip
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -102,9 +117,10 @@ class Blip3oPipeline:
     def backbone(self) -> Backbone:
         """Language backbone and learned queries."""
         if self._backbone is None:
-            self._backbone = self.checkpoint.load_backbone(
-                dtype=self.dtype, device=self.device, on_load=self._on_load
-            )
+            backbone = self.checkpoint.load_backbone(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            for lora in self._loras:
+                lora.merge_backbone(backbone)
+            self._backbone = backbone
         return self._backbone
 
     @property
@@ -145,7 +161,10 @@ class Blip3oPipeline:
     def dit(self) -> NextDiT:
         """The diffusion transformer: `dit(x (B, C, 8, 8), timestep (B,) in 0..1000, q (B, Q, H))` -> velocity."""
         if self._dit is None:
-            self._dit = self.checkpoint.load_dit(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            dit = self.checkpoint.load_dit(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            for lora in self._loras:
+                lora.merge_dit(dit)
+            self._dit = dit
         return self._dit
 
     @property
@@ -380,6 +399,7 @@ class Blip3oPipeline:
     def describe(self) -> dict[str, str]:
         """What a recipe must say besides its settings."""
         decoder = self.decoder_checkpoint
+        loras = {"loras": ", ".join(lora.label for lora in self._loras)} if self._loras else {}
         return {
             "model": self.checkpoint.folder.resolve().name,
             "decoder": "" if decoder is None else decoder.folder.resolve().name,
@@ -387,6 +407,7 @@ class Blip3oPipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "blip3o": __version__,
             "torch": torch.__version__,
+            **loras,
         }
 
     def _prompt_ids(self, prompts: Sequence[str], *, template: bool) -> list[list[int]]:

@@ -14,14 +14,13 @@ from torch import Tensor
 from ..errors import InputError
 from ..images import qwen_pixel_values, to_rgb_images
 from ..models.qwen_positions import Grid, multimodal_positions
-from ..prompts import IM_END, SYSTEM, open_turn, require_text, turn
+from ..prompts import CLOSE_TURN, SYSTEM, open_turn, require_text, turn
 from ..sampling.tokens import PickToken, token_picker
 from .language import LanguageModels, image_features, merged_grids
 
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28  # of the Qwen2.5-VL processor
 MAX_NEW_TOKENS = 512
 FORMAT = "blip3o-chat-1"
-CLOSE_TURN = (IM_END, "\n")
 INCOMPLETE = "\ufffd"  # how a decoder shows a character whose last bytes are still to come
 
 OnToken = Callable[[str], bool | None]

@@ -1,5 +1,6 @@
 """The published BLIP3-o layout (Qwen2.5-VL + NextDiT, 4B, 8B and anything smaller): folder -> components."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
-from ..checkpoint.shards import TensorEntry, open_shards
+from ..checkpoint.shards import TensorEntry, open_shards, read_tensor
 from ..errors import CheckpointError
 from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
@@ -104,6 +105,24 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{self.folder}: model.latent_queries is {list(shape)}, expected [1, queries, width].")
         return shape[1]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell base models apart: what a LoRA was trained on. Reads a few small tensors.
+
+        Hashed are the shapes of the diffusion transformer, the learned queries and its vectors in bfloat16, none of which
+        quantisation touches: a copy in another precision keeps its fingerprint.
+        """
+        digest = hashlib.sha256()
+        read = {"latent_queries": self.components["queries"]["latent_queries"]}
+        for name, entry in sorted(self.components["dit"].items()):
+            digest.update(f"{name} {list(entry.shape)}\n".encode())
+            if len(entry.shape) == 1:
+                read[name] = entry
+        for name, entry in sorted(read.items()):
+            digest.update(f"{name} {list(entry.shape)}\n".encode())
+            digest.update(read_tensor(entry, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def load_backbone(
         self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
     ) -> Backbone:
@@ -155,7 +174,8 @@ class Blip3oCheckpoint:
         if not self.components["vision_encoder"]:
             raise CheckpointError(f"{self.folder}: the shards hold no EVA-CLIP tower, which turns images into embeddings. Give it "
                                   "separately (repository jiuhai/eva_clip_vision_tower).")
-        return EvaClipCheckpoint.from_entries(self.components["vision_encoder"], self.folder)
+        overrides = self.config.get("gen_vision_config")  # ours: published models have heads of width 112 and no such field
+        return EvaClipCheckpoint.from_entries(self.components["vision_encoder"], self.folder, overrides=overrides)
 
     @property
     def _backbone_entries(self) -> dict[str, TensorEntry]:

@@ -1,0 +1,179 @@
+"""Sample -> Example: decoded, augmented, tokenised, or looked up in the cache. Runs in the data workers; pure in its arguments."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import InputError
+from ..images import eva_pixel_values, load_image, load_image_bytes, qwen_pixel_values
+from ..prompts import RECONSTRUCT_INSTRUCTION, PromptTokenizer
+from .broken import BrokenSample
+from .cache import FeatureCache, content_key
+from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
+
+PROMPT_IMAGE_SIZE = (448, 448)  # of pictures before an instruction, as when drawing
+DRAW_STREAM = 1  # keeps the random numbers of a draw apart from those of the order
+
+
+@dataclass
+class Example:
+    """What the networks need of one sample; fields that its task has no use for are empty."""
+
+    name: str
+    task: str
+    position: int
+    ids: list[int] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)  # of a conversation: the ids that an assistant writes
+    pixel_values: Tensor | None = None  # (patches, 1176) of pictures in the prompt
+    grid_thw: Tensor | None = None  # (images, 3)
+    target_pixels: Tensor | None = None  # (3, S, S) for EVA-CLIP
+    picture: Tensor | None = None  # (3, side, side) in -1..1 for the VAE
+    target: Tensor | None = None  # cached embedding (C, 8, 8)
+    states: Tensor | None = None  # cached query states (Q, H)
+    target_key: str = ""
+    states_key: str = ""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Of one dataset; see the options of [[data]]."""
+
+    trigger: str = ""
+    caption_dropout: float = 0.0
+    flip: float = 0.0
+    crop: str = "centre"
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """`preparer(sample, position)`; the same position always gives the same example."""
+
+    tokenizer: PromptTokenizer
+    augmentation: Augmentation
+    seed: int
+    eva_size: int  # side in pixels of EVA-CLIP's input
+    picture_size: int = 0  # side in pixels for the VAE
+    closed_turn: bool = False
+    max_pixels: int = 448 * 448
+    max_tokens: int = 512
+    targets: FeatureCache | None = None
+    states: FeatureCache | None = None
+
+    def __call__(self, sample: Sample, position: int) -> Example:
+        """Raises BrokenSample if a picture can't be read or a conversation is too long."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, position, DRAW_STREAM]))
+        flipped, dropped = rng.random() < self.augmentation.flip, rng.random() < self.augmentation.caption_dropout
+        return self._prepare(sample, position, flipped=flipped, dropped=dropped, rng=rng)
+
+    def variants(self, sample: Sample) -> Iterator[Example]:
+        """All examples that draws of this sample can become, for filling the cache; a random crop has no end of them."""
+        for flipped in (False, True):
+            for dropped in (False, True):
+                possible = (self.augmentation.flip < 1 if not flipped else self.augmentation.flip > 0) and (
+                    self.augmentation.caption_dropout < 1 if not dropped else self.augmentation.caption_dropout > 0
+                )
+                if possible:
+                    yield self._prepare(sample, 0, flipped=flipped, dropped=dropped, rng=None)
+
+    def _prepare(self, sample: Sample, position: int, *, flipped: bool, dropped: bool, rng: np.random.Generator | None) -> Example:
+        example = Example(sample.name, sample.task, position)
+        try:
+            if sample.task in GENERATION_TASKS:
+                self._prompt(example, sample, flipped, dropped)
+                self._target(example, sample, flipped, rng)
+            elif sample.task in WRITING_TASKS:
+                self._conversation(example, sample, flipped)
+            else:
+                self._picture(example, sample, flipped, rng)
+        except (InputError, OSError) as error:
+            raise BrokenSample(sample.name, str(error)) from error
+        return example
+
+    def _prompt(self, example: Example, sample: Sample, flipped: bool, dropped: bool) -> None:
+        images = sample.images
+        if sample.task == "reconstruct":
+            text, images = RECONSTRUCT_INSTRUCTION, (sample.target,)
+        elif dropped:
+            text = ""
+        else:
+            text = with_trigger(sample.text, self.augmentation.trigger)
+        if self.states is not None:
+            example.states_key = content_key(images, text, flipped and bool(images), self.closed_turn)
+            example.states = self.states.load(example.states_key)
+            if example.states is not None:
+                return
+        counts: list[int] = []
+        if images:
+            pictures = [mirrored(open_picture(image, sample.name), flipped) for image in images]
+            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, size=PROMPT_IMAGE_SIZE)
+            counts = token_counts(example.grid_thw)
+        example.ids = self.tokenizer.training_ids(text, image_tokens=counts, closed=self.closed_turn)
+
+    def _target(self, example: Example, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> None:
+        if self.targets is not None:
+            example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
+            example.target = self.targets.load(example.target_key)
+            if example.target is not None:
+                return
+        picture = mirrored(open_picture(sample.target, sample.name), flipped)
+        example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
+
+    def _conversation(self, example: Example, sample: Sample, flipped: bool) -> None:
+        counts: list[int] = []
+        if sample.images:
+            pictures = [mirrored(open_picture(image, sample.name), flipped) for image in sample.images]
+            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, min_pixels=784, max_pixels=self.max_pixels)
+            counts = token_counts(example.grid_thw)
+        example.ids, example.learned = self.tokenizer.conversation_ids(sample.turns, counts)
+        if len(example.ids) > self.max_tokens:
+            raise BrokenSample(sample.name, f"the conversation has {len(example.ids)} tokens, loader.max_tokens is {self.max_tokens}")
+        if not any(example.learned):
+            raise BrokenSample(sample.name, "the conversation has no answer to learn")
+
+    def _picture(self, example: Example, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> None:
+        picture = None
+        if sample.task in ("decode", "contrast"):
+            if self.targets is not None and sample.task == "decode":
+                example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
+                example.target = self.targets.load(example.target_key)
+            if example.target is None:
+                picture = mirrored(open_picture(sample.target, sample.name), flipped)
+                example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
+        if sample.task == "contrast":
+            example.ids = self.tokenizer.ids([with_trigger(sample.text, self.augmentation.trigger)])[: self.max_tokens]
+            return
+        picture = picture or mirrored(open_picture(sample.target, sample.name), flipped)
+        square = picture_square(picture, self.picture_size)
+        example.picture = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_picture(source: ImageSource, name: str) -> Image.Image:
+    """Upright RGB. Raises InputError."""
+    return load_image_bytes(source, name) if isinstance(source, bytes) else load_image(source)
+
+
+def mirrored(image: Image.Image, flipped: bool) -> Image.Image:
+    """Left to right, or as it is."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+
+
+def picture_square(image: Image.Image, side: int) -> Image.Image:
+    """The centre square, `side` pixels wide: short side to size, then crop."""
+    short = min(image.size)
+    image = image.resize([max(side, round(side * length / short)) for length in image.size], Image.Resampling.BICUBIC)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def token_counts(grid_thw: Tensor) -> list[int]:
+    """Features of each image: a quarter of its patches."""
+    return [int(t * h * w) // 4 for t, h, w in grid_thw]
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """`trigger, text`, or whichever of both there is."""
+    return ", ".join(part for part in (trigger, text) if part)

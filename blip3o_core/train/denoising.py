@@ -1,0 +1,55 @@
+"""Decoder training: the SDXL-shaped UNet learns to predict the noise in the latents of a picture, given the picture's embedding.
+
+The reference trains its SANA decoder this way (condition replaced by that of a null picture with probability 0.1); for the UNet its
+schedule and its conditioning are those of sampling: see models/sdxl.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.prepare import Example
+from ..models.sdxl import ORIGINAL_SIZE
+from .config import ObjectiveOptions
+from .model import Objective, TrainingModel
+from .noise import Draw, flow_draws
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012
+
+
+def signal_rates(device: torch.device) -> Tensor:
+    """Share of the signal's variance at timesteps 0..999 (1000,) float32: the scaled-linear schedule of Stable Diffusion."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float32, device=device) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def denoising_objective(options: ObjectiveOptions) -> Objective:
+    """Squared error of the predicted noise at one timestep per sample, averaged over the latents."""
+
+    def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
+        pictures = torch.stack([example.picture for example in examples])
+        latents = model.frozen.latents(pictures)  # (B, 4, h, w) float32
+        embeddings = model.targets(examples)  # (B, C, 8, 8)
+        drawn = flow_draws(draws, latents.shape[1:], timesteps=options.timesteps, logit_mean=options.logit_mean,
+                           logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
+        if not drawn.kept.all():
+            kept = drawn.kept.to(embeddings)[:, None, None, None]
+            embeddings = kept * embeddings + (1 - kept) * model.frozen.zero_embedding()
+        timestep = (drawn.u * NUM_TRAIN_TIMESTEPS).long().to(latents.device)  # (B,)
+        rate = signal_rates(latents.device)[timestep][:, None, None, None]
+        noise = drawn.noise.to(latents)
+        noisy = rate.sqrt() * latents + (1 - rate).sqrt() * noise
+        predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])
+        return (predicted.float() - noise).square().flatten(1).mean(dim=1)
+
+    return losses
+
+
+def predict_noise(unet, noisy: Tensor, timestep: Tensor, embeddings: Tensor, size: tuple[int, int]) -> Tensor:
+    """noisy (B, 4, h, w), timestep (B,), embeddings (B, C, 8, 8), size (height, width) of the picture -> noise (B, 4, h, w)."""
+    context = embeddings.flatten(2).transpose(1, 2)  # (B, 64, C)
+    time_ids = torch.tensor([[*ORIGINAL_SIZE, 0, 0, *size]], dtype=context.dtype, device=context.device)
+    added = {"text_embeds": context.mean(dim=1), "time_ids": time_ids.expand(len(context), -1)}
+    return unet(noisy, timestep, encoder_hidden_states=context, added_cond_kwargs=added).sample

@@ -1,0 +1,68 @@
+"""The random numbers of one sample in one step: a function of seed and position alone, so runs can be killed, split and resumed."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one sample is trained or measured with.
+
+    Attributes: `u` in [0, 1), the fixed noise level of a validation (None: drawn); `training` turns condition dropout on.
+    """
+
+    seed: tuple[int | str, ...]
+    u: float | None = None
+    training: bool = True
+
+    def generator(self) -> torch.Generator:
+        """A new one each time, at its start."""
+        return torch.Generator("cpu").manual_seed(hashed_seed(*self.seed))
+
+
+def hashed_seed(*parts: int | str) -> int:
+    """63 bits from numbers and words, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class FlowDraws:
+    """Noise (B, C, H, W), u (B,) in [0, 1) and kept (B,), all float32: kept is 0 where the condition is dropped."""
+
+    noise: Tensor
+    u: Tensor
+    kept: Tensor
+
+
+def flow_draws(
+    draws: Sequence[Draw], shape: Sequence[int], *, timesteps: str, logit_mean: float = 0.0, logit_std: float = 1.0,
+    condition_dropout: float = 0.0,
+) -> FlowDraws:  # fmt: skip
+    """Draws a batch, sample by sample.
+
+    Args:
+        shape: of one sample. timesteps: "uniform", or "logit_normal" (arXiv:2403.03206, sec. 3.1).
+    """
+    noise, levels, kept = [], [], []
+    for draw in draws:
+        generator = draw.generator()
+        noise.append(torch.randn(tuple(shape), generator=generator))
+        u = _level(generator, timesteps, logit_mean, logit_std)
+        levels.append(u if draw.u is None else draw.u)
+        dropped = torch.rand((), generator=generator).item() < condition_dropout
+        kept.append(0.0 if draw.training and dropped else 1.0)
+    return FlowDraws(torch.stack(noise), torch.tensor(levels), torch.tensor(kept))
+
+
+def _level(generator: torch.Generator, timesteps: str, mean: float, std: float) -> float:
+    if timesteps == "uniform":
+        return torch.rand((), generator=generator).item()
+    if timesteps == "logit_normal":
+        return torch.sigmoid(mean + std * torch.randn((), generator=generator)).item()
+    raise ConfigError(f"timesteps {timesteps!r} is unknown. Use uniform or logit_normal.")

@@ -1,0 +1,65 @@
+"""Tasks -> losses: flow matching over CLIP embeddings for drawing, cross-entropy for writing.
+
+An objective is a callable (see `model.Objective`) made from the options of a run; a new one is a function here or in a file of its
+own, and a line in `build_objectives`. Source of the published ones: arXiv:2505.09568, sec. 3, and the released training code.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..data.prepare import Example
+from ..data.sample import GENERATION_TASKS, WRITING_TASKS
+from .autoencoding import autoencoding_objective
+from .config import ObjectiveOptions
+from .contrastive import contrastive_objective
+from .denoising import denoising_objective
+from .losses import answer_cross_entropy, flow_matching
+from .model import Objective, TrainingModel
+from .noise import Draw, flow_draws
+
+UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
+TRAINS = {
+    "text_to_image": UNIFIED_PARTS, "edit": UNIFIED_PARTS | {"vision"}, "reconstruct": UNIFIED_PARTS | {"vision"},
+    "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"}, "autoencode": {"vae"},
+}  # fmt: skip
+"""Which parts the loss of a task reaches."""
+
+
+def build_objectives(options: ObjectiveOptions, tasks: Sequence[str]) -> dict[str, Objective]:
+    """The objective of each task; tasks that share one run as one batch."""
+    makers = {
+        flow_matching_objective: GENERATION_TASKS, cross_entropy_objective: WRITING_TASKS, denoising_objective: ("decode",),
+        contrastive_objective: ("contrast",), autoencoding_objective: ("autoencode",),
+    }  # fmt: skip
+    made: dict[str, Objective] = {}
+    for maker, own_tasks in makers.items():
+        wanted = [task for task in own_tasks if task in tasks]
+        if wanted:
+            objective = maker(options)
+            made.update(dict.fromkeys(wanted, objective))
+    return made
+
+
+def flow_matching_objective(options: ObjectiveOptions) -> Objective:
+    """CLIP + flow matching: the DiT learns the velocity noise - embedding, given the query states of the prompt."""
+
+    def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
+        data = model.targets(examples)  # (B, C, 8, 8) float32
+        states = model.query_states(examples)  # (B, Q, H)
+        drawn = flow_draws(draws, data.shape[1:], timesteps=options.timesteps, logit_mean=options.logit_mean,
+                           logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
+        states = states * drawn.kept.to(states)[:, None, None]
+        return flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
+                             shift=options.shift)  # fmt: skip
+
+    return losses
+
+
+def cross_entropy_objective(options: ObjectiveOptions) -> Objective:
+    """Next-token prediction of the assistant's turns, averaged over each conversation."""
+
+    def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
+        return answer_cross_entropy(*model.answer_logits(examples))
+
+    return losses

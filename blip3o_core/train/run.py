@@ -1,0 +1,359 @@
+"""One whole run: open, check, cache, train, report. Everything that can be checked is checked before weights are read."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from ..data.loading import TrainingData, batches
+from ..data.prepare import Example
+from ..errors import ConfigError, DataError, OutputError
+from ..files import require_writable, write_text
+from ..runtime import require_package, resolve_device
+from . import state as checkpoints
+from .build import build_model, frozen_dtype, require_trainable, resolve_precision
+from .caching import fill_caches
+from .config import TrainConfig, as_dict, print_config
+from .datasets import Caches, TrainingSets, open_training_sets, validation_examples
+from .ema import MovingAverage
+from .export import MODEL_FOLDER, export_lora, export_model
+from .frozen import FrozenNetworks, Sources
+from .grids import contact_sheet, save_sheet
+from .log import RunLog, peak_memory_bytes
+from .loop import Run, StopRequest, Update, train
+from .model import TrainingModel
+from .optimizer import build_optimizer
+from .pictures import Prompts, draw, encode_fixed_prompts, open_prompts, require_drawable
+from .report import write_report
+from .state import RunState
+from .validation import validation_losses
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.toml"
+BROKEN_FILE = "broken.jsonl"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run will work with: files are opened and checked, no network is loaded."""
+
+    config: TrainConfig
+    sources: Sources
+    sets: TrainingSets
+    caches: Caches
+    validation_sets: TrainingSets
+    sample_images: tuple[Image.Image | None, ...]
+
+
+def open_run(config: TrainConfig) -> Opened:
+    """Raises ConfigError, DataError, CheckpointError, InputError: everything that is wrong with files and settings."""
+    config.require_complete()
+    sources = Sources.open(config.model)
+    tasks = [data.task for data in config.data]
+    require_trainable(config, [*tasks, *(data.task for data in config.validation.data)])
+    caches = Caches.of(config, sources, tasks)
+    sets = open_training_sets(config.data, config, sources, caches)
+    validation = sets
+    if config.validation.data:
+        validation = open_training_sets(config.validation.data, config, sources, caches, section="validation.data")
+        for task in validation.tasks:
+            if task not in sets.tasks:
+                raise ConfigError(f"validation.data has the task {task}, which is not trained. Trained: {', '.join(sets.tasks)}.")
+    sets.mixture(config.train.seed)  # raises for weights that contradict each other
+    images: tuple[Image.Image | None, ...] = ()
+    if config.samples.every:
+        if not set(tasks) & {"text_to_image", "edit", "reconstruct"}:
+            raise ConfigError("samples.every is set, but no dataset trains drawing (text_to_image, edit, reconstruct).")
+        require_drawable(config.samples, sources.require_decoder().factor)
+        images = open_prompts(config.samples)
+    return Opened(config, sources, sets, caches, validation, images)
+
+
+def run_training(config: TrainConfig) -> int:
+    """Trains as configured -> 0, or the number of the signal that stopped it (what was done is saved).
+
+    Raises: Blip3oError of any kind; a checkpoint that was written stays whole.
+    """
+    opened = open_run(config)
+    accelerator = make_accelerator(config, opened.sets.tasks)
+    try:
+        return Session(opened, accelerator).run()
+    finally:
+        accelerator.free_memory()
+
+
+def make_accelerator(config: TrainConfig, tasks: Sequence[str]) -> "Accelerator":
+    """accelerate's engine for one process or for those that `accelerate launch` started, with its own configuration files."""
+    accelerate = require_package("accelerate", extra="train", purpose="training")
+    if config.train.device not in ("auto", "cpu"):
+        resolve_device(config.train.device)
+    cpu = config.train.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    device = torch.device("cpu") if cpu else resolve_device(None)
+    precision = resolve_precision(config.train.precision, device)
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=len(tasks) > 1)
+    accelerator = accelerate.Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision), cpu=cpu, kwargs_handlers=[unused],
+        gradient_accumulation_steps=config.train.gradient_accumulation,
+    )  # fmt: skip
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:  # it would read the batch size off a data loader, which is ours
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    return accelerator
+
+
+class Session:
+    """The parts of a run in this process."""
+
+    def __init__(self, opened: Opened, accelerator: "Accelerator") -> None:
+        self.opened, self.accelerator = opened, accelerator
+        self.config = opened.config
+        self.output = Path(os.path.expanduser(self.config.output.folder))
+        self.precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        self.main = accelerator.is_main_process
+        self.log: RunLog | None = None
+
+    def run(self) -> int:
+        """-> 0, or the signal that stopped it."""
+        resumed_from, state = self._start_state()
+        frozen = FrozenNetworks(self.opened.sources, device=self.accelerator.device, dtype=frozen_dtype(self.precision))
+        prompts = self._prepare_frozen(frozen)
+        model = build_model(self.config, self.opened.sources, frozen, self.opened.sets.tasks, precision=self.precision)
+        model.set_training(True)
+        run = self._prepare(model, state)
+        if resumed_from is not None:
+            self._restore(run, resumed_from)
+        examples = self._validation_examples()
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            if self.main:
+                self.log = stack.enter_context(RunLog(
+                    self.output, total_steps=self.config.train.steps, start_step=state.step, config=as_dict(self.config),
+                    log_every=self.config.output.log_every, wandb=self.config.output.wandb, resumed=resumed_from is not None,
+                ))  # fmt: skip
+            stopped = self._train(run, model, frozen, prompts, examples, stop)
+            if self.main:
+                self._finish(run, model, stopped)
+        if self.main:
+            write_report(self.output)
+        self.accelerator.wait_for_everyone()
+        return stopped
+
+    def _start_state(self) -> tuple[Path | None, RunState]:
+        """Where to go on, or a fresh state in a folder that is new or empty. Raises OutputError, TrainingError."""
+        config, base = as_dict(self.config), self.opened.sources.checkpoint.fingerprint
+        topology = {"processes": self.accelerator.num_processes, "workers": self.config.loader.workers}
+        found = checkpoints.find_resumable(self.output, self.config.output.resume) if self.config.output.resume else None
+        if found is None:
+            used = checkpoints.list_checkpoints(self.output) or ((self.output / CONFIG_FILE).exists() and not self.config.output.resume)
+            if used:
+                raise OutputError(f"{self.output} holds another run. Give a new output.folder, or go on with it: output.resume=latest.")
+            state = RunState(config=config, base=base, topology=topology)
+        else:
+            state = checkpoints.load_state(found, config, base)
+            if any(hasattr(dataset, "stream") for dataset in self.opened.sets.datasets) and state.topology != topology:
+                log.warning("%s was written with %s, this run has %s: tars are split differently from here on, so some samples come "
+                            "twice and others later in this pass.", found, state.topology, topology)  # fmt: skip
+            state.config, state.topology = config, topology
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            require_writable([self.output], self.output)
+            write_text(self.output / CONFIG_FILE, print_config(self.config))
+        return found, state
+
+    def _prepare_frozen(self, frozen: FrozenNetworks) -> Prompts | None:
+        """Fills the caches and encodes the sample prompts; afterwards the frozen networks are released if training won't need them."""
+        prompts = None
+        cached = self.opened.caches.states is not None
+        if self.config.samples.every and self.main:
+            prompts = encode_fixed_prompts(self.config.samples, self.opened.sample_images, frozen,
+                                           cacheable=not self.config.trains_language_side)  # fmt: skip
+            if cached:
+                frozen.release()
+        if self.config.cache.enabled:
+            fill_caches(self.opened, frozen, self.accelerator)
+        return prompts
+
+    def _prepare(self, model: TrainingModel, state: RunState) -> Run:
+        parameters = model.trained()
+        optimizer = build_optimizer(self.config.optimizer, parameters.values(), self.accelerator.device)
+        ema = MovingAverage(parameters, self.config.train.ema_decay) if self.config.train.ema_decay else None
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        return Run(self.config, self.accelerator, wrapped, parameters, optimizer, ema, state, self.opened.sets.tasks,
+                   has_dropout=self.config.train.method == "lora" and self.config.lora.dropout > 0)  # fmt: skip
+
+    def _restore(self, run: Run, path: Path) -> None:
+        for name, tensor in checkpoints.load_tensors(path, run.parameters).items():
+            run.parameters[name].data.copy_(tensor)
+        run.optimizer.load_state_dict(checkpoints.load_optimizer(path))
+        if run.ema is not None:
+            run.ema.load(checkpoints.load_tensors(path, run.ema.shadow, checkpoints.EMA))
+
+    def _validation_examples(self) -> list[Example]:
+        if not self.config.validation.every:
+            return []
+        return validation_examples(self.opened.validation_sets, self.config.validation.samples)
+
+    def _train(
+        self, run: Run, model: TrainingModel, frozen: FrozenNetworks, prompts: Prompts | None, examples: list[Example], stop: StopRequest
+    ) -> int:
+        """The loop, with what happens between updates."""
+        config, state, accelerator = self.config, run.state, self.accelerator
+        data = TrainingData(
+            self.opened.sets.datasets, self.opened.sets.mixture(config.train.seed), self.opened.sets.preparers[0],
+            batch_size=config.train.batch_size, rank=accelerator.process_index, world=accelerator.num_processes,
+            workers=config.loader.workers, known_broken=frozenset(state.broken),
+        )  # fmt: skip
+        steps = config.train.steps
+        saved_at = state.step
+
+        def due(every: int) -> bool:
+            return bool(every) and (state.step % every == 0 or state.step == steps)
+
+        def between_updates() -> None:
+            if due(config.validation.every):
+                self._validate(run, model, examples)
+            if due(config.samples.every) and prompts is not None:
+                self._draw(run, model, frozen, prompts)
+            accelerator.wait_for_everyone()
+
+        def after_update(update: Update) -> None:
+            nonlocal saved_at
+            self._require_few_broken(run)
+            if self.main:
+                self.log.train(state.step, loss=update.loss, losses=update.losses, learning_rate=update.learning_rate,
+                               grad_norm=update.grad_norm, samples=update.samples,
+                               memory_bytes=peak_memory_bytes(accelerator.device))  # fmt: skip
+            if due(config.output.save_every):
+                self._save(run, model)
+                saved_at = state.step
+            if due(config.validation.every) or due(config.samples.every):
+                between_updates()
+
+        if state.step == 0:
+            between_updates()
+        source = batches(data, state.position - state.position % (config.train.batch_size * accelerator.num_processes))
+        try:
+            stopped = train(run, source, stop, after_update)
+        except DataError:
+            if state.step > saved_at:
+                self._save(run, model)  # a killed worker or a bad dataset costs nothing that was trained
+            raise
+        finally:
+            source.close()
+        if state.step > saved_at:
+            self._save(run, model)
+        return stopped
+
+    def _validate(self, run: Run, model: TrainingModel, examples: list[Example]) -> None:
+        accelerator, options = self.accelerator, self.config.validation
+        with self._averaged(run), accelerator.autocast():
+            sums = validation_losses(model, examples, timesteps=options.timesteps, batch_size=self.config.train.batch_size,
+                                     seed=self.config.train.seed, rank=accelerator.process_index, world=accelerator.num_processes)  # fmt: skip
+        tasks = sorted({example.task for example in examples})
+        values = torch.tensor([sums.get(task, (0.0, 0)) for task in tasks], dtype=torch.float32, device=accelerator.device)
+        values = accelerator.reduce(values, "sum")
+        if self.main:
+            self.log.validation(run.state.step, {task: (total / count).item() for task, (total, count) in zip(tasks, values, strict=True)})
+
+    def _draw(self, run: Run, model: TrainingModel, frozen: FrozenNetworks, prompts: Prompts) -> None:
+        with self._averaged(run):
+            pictures = draw(prompts, model, frozen)
+        sheet = contact_sheet(pictures, list(self.config.samples.prompts), title=f"step {run.state.step}")
+        self.log.pictures(run.state.step, sheet, save_sheet(self.output, run.state.step, sheet))
+
+    @contextlib.contextmanager
+    def _averaged(self, run: Run):
+        """The moving average in place of the weights, if there is one."""
+        if run.ema is None:
+            yield
+            return
+        current = {name: parameter.data for name, parameter in run.parameters.items()}
+        for name, parameter in run.parameters.items():
+            parameter.data = run.ema.shadow[name]
+        try:
+            yield
+        finally:
+            for name, parameter in run.parameters.items():
+                parameter.data = current[name]
+
+    def _save(self, run: Run, model: TrainingModel) -> None:
+        """On all processes; the first one writes."""
+        self._collect_broken(run)
+        if self.main:
+            path = checkpoints.save_checkpoint(
+                self.output, run.state, {name: parameter.data for name, parameter in run.parameters.items()},
+                run.optimizer.state_dict(), None if run.ema is None else run.ema.shadow, keep=self.config.output.keep,
+                export=self._exporter(run, model),
+            )  # fmt: skip
+            log.info("saved %s", path)
+        self.accelerator.wait_for_everyone()
+
+    def _exporter(self, run: Run, model: TrainingModel) -> Callable[[Path], None] | None:
+        """Puts the LoRA file into every checkpoint: small, and ready to be tried."""
+        if self.config.train.method != "lora":
+            return None
+        return lambda folder: export_lora(folder / f"{self.config.output.name}.safetensors", self.config, self.opened.sources, model,
+                                          self._result(run), run.state.step)  # fmt: skip
+
+    def _result(self, run: Run) -> dict[str, torch.Tensor]:
+        return dict(run.ema.shadow) if run.ema is not None else {name: parameter.data for name, parameter in run.parameters.items()}
+
+    def _finish(self, run: Run, model: TrainingModel, stopped: int) -> None:
+        """The result, if the run came to its end."""
+        if stopped:
+            self.log.event(run.state.step, "stopped by a signal; saved")
+            return
+        values = self._result(run)
+        if self.config.train.method == "lora":
+            path = self.output / f"{self.config.output.name}.safetensors"
+            export_lora(path, self.config, self.opened.sources, model, values, run.state.step)
+        else:
+            path = self.output / MODEL_FOLDER
+            export_model(path, self.config, self.opened.sources, model, values, overwrite=True, scaling_factor=self._scaling_factor(run, model))
+        self.log.event(run.state.step, f"finished: {path.name}")
+
+    def _scaling_factor(self, run: Run, model: TrainingModel) -> float | None:
+        """1 / standard deviation of the latents of a VAE that was trained."""
+        if model.vae is None:
+            return None
+        from .datasets import validation_examples as first_examples
+
+        examples = first_examples(self.opened.sets, max(64, self.config.validation.samples))
+        pictures = [example.picture for example in examples if example.picture is not None]
+        with self._averaged(run), torch.no_grad():
+            latents = torch.cat([model.vae.encode(picture[None].to(model.device)).latent_dist.mode() for picture in pictures])
+        return 1 / latents.float().std().item()
+
+    def _collect_broken(self, run: Run) -> None:
+        """All processes learn of all broken samples: a resumed run skips them in the same places."""
+        found = run.broken_here
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = dict(pair for pairs in gather_object([list(run.broken_here.items())]) for pair in pairs)
+        new = {name: reason for name, reason in found.items() if name not in run.state.broken}
+        run.state.broken.update(new)
+        run.broken_here.clear()
+        if self.main and run.state.broken:
+            lines = [json.dumps({"name": name, "reason": reason}, ensure_ascii=False) for name, reason in run.state.broken.items()]
+            write_text(self.output / BROKEN_FILE, "\n".join(lines) + "\n")
+
+    def _require_few_broken(self, run: Run) -> None:
+        """Raises DataError beyond loader.max_broken (on the process that meets them)."""
+        found = {**run.state.broken, **run.broken_here}
+        limit = self.config.loader.max_broken
+        if len(found) > limit:
+            name, reason = list(found.items())[-1]
+            raise DataError(f"{len(found)} samples can't be used, more than loader.max_broken = {limit}. They are listed in "
+                            f"{self.output / BROKEN_FILE}; the last is {name}: {reason}. Mend them or raise the limit.")
