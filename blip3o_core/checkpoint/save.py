@@ -21,6 +21,7 @@ from ..errors import OutputError
 from .shards import DTYPES, TensorEntry, open_shards, read_tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
+COPY_CHUNK_BYTES = 16 * 2**20
 INDEX = "model.safetensors.index.json"
 PLAIN = "model.safetensors"  # other readers prefer it to an index, so no output has one
 DECODER_FOLDER = "diffusion-decoder"
@@ -60,9 +61,9 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] 
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:  # x: never into a file that is there, which may be a link to somebody's weights
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
             given = tensors[name]
@@ -119,7 +120,7 @@ def save_derived(
         source: checkpoint folder of the published layout; stays as it is.
         tensors: name as in the files -> new value, in the dtype to write; names that `entries` lacks are added.
         entries: all tensors of the source, as from `open_shards`; those not in `tensors` stay in their shards, which are linked.
-        decoder: folder of the diffusion decoder; None takes diffusion-decoder/ of the source, if it is there.
+        decoder: folder of the diffusion decoder, which becomes diffusion-decoder/; None takes that of the source, if it is there.
         decoder_tensors: "unet" or "vae" -> new values of some or all of its tensors; the part is then written whole.
         config_changes: JSON file in the output ("config.json", "diffusion-decoder/vae/config.json") -> keys to set.
         overwrite: replace an existing checkpoint. A folder without config.json is never replaced.
@@ -136,8 +137,7 @@ def save_derived(
     kept = {name: entry for name, entry in entries.items() if name not in tensors}
     with whole_folder(output, overwrite=overwrite) as folder:
         weight_files = {entry.file.name for entry in entries.values()} | {INDEX, PLAIN}
-        skipped = {path for path in source.iterdir() if path.name in weight_files or path.resolve() == (decoder and decoder.resolve())}
-        _link_tree(source, folder, skipped)
+        _link_tree(source, folder, {source / name for name in (*weight_files, DECODER_FOLDER)})
         weight_map = _link_shards(kept, folder)
         weight_map |= _write_shards(tensors, folder, max_shard_bytes)
         total = sum(entry.nbytes for entry in kept.values()) + sum(tensor.nbytes for tensor in tensors.values())
@@ -156,7 +156,7 @@ def _link_shards(kept: Mapping[str, TensorEntry], folder: Path) -> dict[str, str
     for file in sorted({entry.file for entry in kept.values()}):
         name = "model-base.safetensors" if file.name == PLAIN else file.name
         number = 1
-        while name in names.values():  # entries of several folders
+        while (folder / name).exists():  # entries of several folders, or a file that no index lists
             number += 1
             name = f"{file.stem}-{number}.safetensors"
         names[file] = name
@@ -216,14 +216,17 @@ def _link(file: Path, target: Path) -> None:
     """A second name for `file`, or a copy where the file system can't do that."""
     try:
         os.link(file.resolve(), target)  # resolved: in a download cache the name is itself a link
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(file, target)
-        with target.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        with file.open("rb") as original, target.open("xb") as copy:
+            shutil.copyfileobj(original, copy, COPY_CHUNK_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:
         stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
         stream.flush()
         os.fsync(stream.fileno())

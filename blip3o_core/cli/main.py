@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, the status that the subcommand gives, or 1 after an error that the user can mend (its message is on stderr)."""
-    args = build_parser().parse_args(argv)
+    args = train.parse(build_parser(), argv)
     for stream in (sys.stdin, sys.stdout):  # a letter that the console's code page lacks must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")

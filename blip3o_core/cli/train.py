@@ -4,6 +4,7 @@ import argparse
 
 from ..train import command
 
+parse = command.parse
 EXAMPLES = command.EXAMPLES.replace("python -m blip3o_core.train", "blip3o train")
 
 

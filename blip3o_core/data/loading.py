@@ -6,8 +6,9 @@ rank * W + m % W, and DataLoader gives every W-th micro-batch to the same worker
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,18 +51,20 @@ class TrainingData(Dataset):
     """A map from positions to Items. Any position may be asked for; with tars, one that doesn't follow the last is slow."""
 
     def __init__(
-        self, datasets: list[IndexedDataset | StreamDataset], mixture: Mixture, prepare: Prepare, *, batch_size: int, rank: int = 0,
-        world: int = 1, workers: int = 0, known_broken: frozenset[str] = frozenset(),
+        self, datasets: list[IndexedDataset | StreamDataset], mixture: Mixture, prepare: Prepare | Sequence[Prepare], *,
+        batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, known_broken: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         """
         Args:
-            prepare: (sample, position) -> example, the same for the same arguments. Raises BrokenSample or InputError for a sample
-                that can't be used, and another is taken. With workers, it is pickled where processes are not forked.
+            prepare: (sample, position) -> example, the same for the same arguments; or one such function per dataset. It raises
+                BrokenSample or InputError for a sample that can't be used, and another is taken. With workers, it is pickled where
+                processes are not forked.
             known_broken: names that prepare has refused in the run that is resumed: skipping to its position decodes nothing.
         """
         self.datasets = list(datasets)
         self.mixture = mixture
-        self.prepare = prepare
+        self.prepares = list(prepare) if isinstance(prepare, Sequence) else [prepare] * len(self.datasets)
+        assert len(self.prepares) == len(self.datasets) == len(mixture.lengths)
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
@@ -86,15 +89,16 @@ class TrainingData(Dataset):
         if draw.dataset not in lane.streams:
             lane.streams[draw.dataset] = stream = _endless(dataset, self._lane_number(position), self.world * max(self.workers, 1))
             for _ in range(int(lane.drawn[draw.dataset])):
-                self._next(dataset, stream)
+                self._next(dataset.name, stream)
         broken: list[tuple[str, str]] = []
-        example = self._next(dataset, lane.streams[draw.dataset], position, broken)
+        prepare = partial(self._prepared, draw.dataset, position)
+        example = self._next(dataset.name, lane.streams[draw.dataset], prepare, broken)
         return Item(position, example, tuple(broken))
 
-    def _prepared(self, sample: Sample, position: int) -> Any:
+    def _prepared(self, dataset: int, position: int, sample: Sample) -> Any:
         """Raises BrokenSample with the name of the sample."""
         try:
-            return self.prepare(sample, position)
+            return self.prepares[dataset](sample, position)
         except BrokenSample as error:
             raise BrokenSample(sample.name, error.reason) from error
         except InputError as error:
@@ -107,7 +111,7 @@ class TrainingData(Dataset):
             if attempt:
                 index = int(generator(REPLACEMENT, self.mixture.seed, position, attempt).integers(len(dataset)))
             try:
-                example = self._prepared(dataset.sample(index), position)
+                example = self._prepared(number, position, dataset.sample(index))
             except BrokenSample as error:
                 broken.append((error.name, error.reason))
                 continue
@@ -115,12 +119,12 @@ class TrainingData(Dataset):
         raise DataError(f"{dataset.name}: {MAX_REPLACEMENTS} samples in a row can't be used. The last is {broken[-1][0]}: {broken[-1][1]}")
 
     def _next(
-        self, dataset: StreamDataset, stream: Iterator[Sample | BrokenSample], position: int | None = None,
+        self, name: str, stream: Iterator[Sample | BrokenSample], prepare: Callable[[Sample], Any] | None = None,
         broken: list[tuple[str, str]] | None = None,
     ) -> Any:  # fmt: skip
-        """The example from the next sample that is not broken; without a position, that sample was used before and is skipped."""
+        """The example from the next sample that is not broken; without `prepare`, that sample was used before and is skipped."""
         for item in itertools.islice(stream, MAX_SKIPPED):
-            if position is None:
+            if prepare is None:
                 if isinstance(item, Sample) and item.name not in self._refused:
                     return None
                 continue
@@ -128,12 +132,12 @@ class TrainingData(Dataset):
                 broken.append((item.name, item.reason))
                 continue
             try:
-                return self._prepared(item, position)
+                return prepare(item)
             except BrokenSample as error:
                 self._refused.add(error.name)
                 broken.append((error.name, error.reason))
         last = f" The last is {broken[-1][0]}: {broken[-1][1]}" if broken else ""
-        raise DataError(f"{dataset.name}: {MAX_SKIPPED} samples in a row can't be used.{last}")
+        raise DataError(f"{name}: {MAX_SKIPPED} samples in a row can't be used.{last}")
 
     def positions(self, start: int) -> Iterator[list[int]]:
         """This rank's positions of each micro-batch from `start` on, which begins one."""
@@ -237,15 +241,24 @@ def batches(data: TrainingData, start_position: int = 0, *, start_method: str | 
         generator=torch.Generator().manual_seed(0),  # else it takes a number from the global one
     )  # fmt: skip
     iterator = iter(loader)
-    while True:
-        try:
-            items = next(iterator)
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            if isinstance(error, RuntimeError) != str(error).startswith("DataLoader worker (pid") or str(error).startswith("Caught "):
-                raise  # raised by our own code in the worker
-            raise DataError(f"a data worker was killed, usually out of memory: lower loader.workers, which is {data.workers} "
-                            f"({str(error).strip()}).") from error
-        for item in items:
-            if isinstance(item, Blip3oError):
-                raise item
-        yield items
+    try:
+        while True:
+            items = _next_of(iterator, data.workers)
+            for item in items:
+                if isinstance(item, Blip3oError):
+                    raise item
+            yield items
+    finally:
+        del iterator  # a traceback may keep this frame; workers that the garbage collector ends are waited for 5 s each
+
+
+def _next_of(iterator: Iterator[list], workers: int) -> list:
+    try:
+        return next(iterator)
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        message = str(error).strip()
+        dead = message.startswith("DataLoader worker (pid") if isinstance(error, RuntimeError) else not message.startswith("Caught ")
+        if not dead:  # raised by `prepare` in the worker
+            raise
+        raise DataError(f"a data worker was killed, usually out of memory: lower loader.workers, which is {workers} "
+                        f"({message}).") from error

@@ -14,6 +14,7 @@ from ..prompts import RECONSTRUCT_INSTRUCTION, PromptTokenizer
 from .broken import BrokenSample
 from .cache import FeatureCache, content_key
 from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
+from .transforms import augment
 
 PROMPT_IMAGE_SIZE = (448, 448)  # of pictures before an instruction, as when drawing
 DRAW_STREAM = 1  # keeps the random numbers of a draw apart from those of the order
@@ -119,7 +120,7 @@ class Preparer:
             example.target = self.targets.load(example.target_key)
             if example.target is not None:
                 return
-        picture = mirrored(open_picture(sample.target, sample.name), flipped)
+        picture = self._augmented(sample, flipped, rng)
         example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
 
     def _conversation(self, example: Example, sample: Sample, flipped: bool) -> None:
@@ -134,6 +135,11 @@ class Preparer:
         if not any(example.learned):
             raise BrokenSample(sample.name, "the conversation has no answer to learn")
 
+    def _augmented(self, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> Image.Image:
+        """rng is None where no crop is random."""
+        picture = open_picture(sample.target, sample.name)
+        return augment(picture, rng or np.random.default_rng(0), flip=float(flipped), crop=self.augmentation.crop)[0]
+
     def _picture(self, example: Example, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> None:
         picture = None
         if sample.task in ("decode", "contrast"):
@@ -141,12 +147,12 @@ class Preparer:
                 example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
                 example.target = self.targets.load(example.target_key)
             if example.target is None:
-                picture = mirrored(open_picture(sample.target, sample.name), flipped)
+                picture = self._augmented(sample, flipped, rng)
                 example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
         if sample.task == "contrast":
             example.ids = self.tokenizer.ids([with_trigger(sample.text, self.augmentation.trigger)])[: self.max_tokens]
             return
-        picture = picture or mirrored(open_picture(sample.target, sample.name), flipped)
+        picture = picture or self._augmented(sample, flipped, rng)
         square = picture_square(picture, self.picture_size)
         example.picture = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 

@@ -30,7 +30,7 @@ def fill_caches(opened: "Opened", frozen: FrozenNetworks, accelerator: "Accelera
     caches = opened.caches
     if caches.targets is not None:
         _fill(opened, accelerator, caches.targets, "EVA-CLIP features", lambda example: (example.target_key, example.target),
-              lambda examples: frozen.embeddings(torch.stack([example.target_pixels for example in examples])).to(torch.bfloat16))  # fmt: skip
+              lambda examples: frozen.embeddings(torch.stack([e.target_pixels for e in examples])).to(frozen.dtype))  # fmt: skip
         if any(options.task == "decode" for options in opened.config.data):
             frozen.zero_embedding()
         frozen.release()
@@ -42,8 +42,8 @@ def fill_caches(opened: "Opened", frozen: FrozenNetworks, accelerator: "Accelera
 
 
 def _fill(
-    opened: "Opened", accelerator: "Accelerator", cache: FeatureCache, title: str, entry: Callable[[Example], tuple[str, Tensor | None]],
-    compute: Callable[[list[Example]], Tensor],
+    opened: "Opened", accelerator: "Accelerator", cache: FeatureCache, title: str,
+    entry: Callable[[Example], tuple[str, Tensor | None]], compute: Callable[[list[Example]], Tensor],
 ) -> None:  # fmt: skip
     pending: dict[str, Example] = {}
 

@@ -29,6 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "memory, disk), and train nothing")  # fmt: skip
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but settings may also stand behind options, which argparse doesn't expect."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def run(args: argparse.Namespace) -> int:
     """-> exit status: 0, or 128 + the signal that stopped it. Raises Blip3oError."""
     from .config import load_config, print_config
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m blip3o_core.train", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         return run(args)

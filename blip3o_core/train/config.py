@@ -130,8 +130,8 @@ class LoaderOptions:
 class CacheOptions:
     """[cache]: what frozen networks compute from the data, computed once and kept on disk."""
 
-    enabled: bool = option(False, "EVA-CLIP features (bf16) and, unless the language side trains, query states; read instead of "
-                           "running, or even loading, those networks")
+    enabled: bool = option(False, "EVA-CLIP features and, unless the language side trains, query states (bf16, float32 in fp32 runs); "
+                           "read instead of running, or even loading, those networks")
     folder: str = option("", "empty: cache/ in the output folder. Runs on the same model may share one")
 
 

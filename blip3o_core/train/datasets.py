@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..data.broken import BrokenSample
 from ..data.cache import FeatureCache
 from ..data.mixture import Mixture
@@ -25,8 +27,8 @@ class Caches:
     states: FeatureCache | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, sources: Sources, tasks: Sequence[str]) -> "Caches":
-        """Folders named after the networks, so that another model never reads them. Raises ConfigError for a random crop."""
+    def of(cls, config: TrainConfig, sources: Sources, tasks: Sequence[str], dtype: torch.dtype) -> "Caches":
+        """Folders named after network and precision, so that no other run reads them. Raises ConfigError for a random crop."""
         if not config.cache.enabled or not set(tasks) & set(CACHED_TASKS):
             return cls()
         for index, options in enumerate(config.data):
@@ -35,10 +37,11 @@ class Caches:
                                   '"centre", or cache.enabled=false.')
         folder = Path(config.cache.folder or Path(config.output.folder) / "cache").expanduser()
         unified = [task for task in tasks if task in CACHED_TASKS and task != "decode"]
+        kind = str(dtype).removeprefix("torch.")
         states = None
         if unified and not config.trains_language_side:
-            states = FeatureCache(folder / f"states-{sources.language_fingerprint}")
-        return cls(FeatureCache(folder / f"eva-{sources.eva_fingerprint}"), states)
+            states = FeatureCache(folder / f"states-{sources.language_fingerprint}-{kind}")
+        return cls(FeatureCache(folder / f"eva-{sources.eva_fingerprint}-{kind}"), states)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def open_training_sets(
     datasets, preparers = [], []
     for index, own in enumerate(options):
         if own.flip and own.task in ("edit", "understand"):
-            raise ConfigError(f"{section}.{index}.flip: mirrored pictures would contradict the words left and right of the task {own.task}.")
+            raise ConfigError(f"{section}.{index}.flip: mirrored pictures contradict the words left and right of the task {own.task}.")
         datasets.append(open_dataset(own.path, format=own.format, task=own.task, images=own.images, samples=own.samples,
                                      shuffle_buffer=own.shuffle_buffer, seed=config.train.seed))  # fmt: skip
         preparers.append(_preparer(own, config, sources, caches))

@@ -19,7 +19,9 @@ MODEL_FOLDER = "model"
 EVA_PREFIX = "model.gen_vision_tower.vision_tower.model."
 
 
-def export_lora(path: Path, config: TrainConfig, sources: Sources, model: TrainingModel, values: Mapping[str, Tensor], step: int) -> None:
+def export_lora(
+    path: Path, config: TrainConfig, sources: Sources, model: TrainingModel, values: Mapping[str, Tensor], step: int
+) -> None:
     """Writes the LoRA file. `values`: trained tensors by their name in `model`. Raises OutputError."""
     components = {"dit": ("dit.", model.dit), "language_model": ("backbone.language_model.", None)}
     if model.backbone is not None:
@@ -33,8 +35,10 @@ def export_lora(path: Path, config: TrainConfig, sources: Sources, model: Traini
     if config.lora.latent_queries:
         queries = values["backbone.latent_queries"].detach().float().cpu() - base_queries(sources)
     lora = LoraFile(adapters=adapters, queries=queries)
-    metadata = lora_metadata(lora, title=config.output.name, fingerprint=sources.checkpoint.fingerprint, trigger=config.lora.trigger,
-                             base_model=sources.checkpoint.folder.resolve().name, training_steps=step, config=without_paths(config))  # fmt: skip
+    metadata = lora_metadata(
+        lora, title=config.output.name, fingerprint=sources.checkpoint.fingerprint, base_model=sources.checkpoint.folder.resolve().name,
+        trigger=config.lora.trigger, training_steps=step, config=without_paths(config),
+    )  # fmt: skip
     write_lora(path, dataclasses.replace(lora, metadata=metadata))
 
 

@@ -18,7 +18,8 @@ def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter
     if options.name == "adamw8bit":
         if device.type != "cuda":
             raise ConfigError(f"optimizer.name is adamw8bit, which needs CUDA; this run is on {device}. Use adamw.")
-        return require_package("bitsandbytes", extra="adamw8bit", purpose="optimizer.name = adamw8bit").optim.AdamW8bit(parameters, **settings)
+        bitsandbytes = require_package("bitsandbytes", extra="adamw8bit", purpose="optimizer.name = adamw8bit")
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     if options.name == "prodigy":
         prodigy = require_package("prodigyopt", extra="prodigy", purpose="optimizer.name = prodigy").Prodigy
         return prodigy(parameters, **settings, decouple=True, safeguard_warmup=options.warmup_steps > 0, use_bias_correction=True)

@@ -18,7 +18,7 @@ from .model import TrainingModel
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is drawn. `states` (n, Q, H) and `null_state` (1, Q, H) are kept if the language side is frozen, which then is not needed."""
+    """What is drawn. If the language side is frozen, `states` (n, Q, H) and `null_state` (1, Q, H) are kept."""
 
     options: SampleOptions
     images: tuple[Image.Image | None, ...]
@@ -48,7 +48,9 @@ def pipeline_of(frozen: FrozenNetworks, model: TrainingModel | None) -> Blip3oPi
                           vision_source=sources.vision_encoder, backbone=backbone, dit=model.dit if model is not None else None)  # fmt: skip
 
 
-def encode_fixed_prompts(options: SampleOptions, images: Sequence[Image.Image | None], frozen: FrozenNetworks, *, cacheable: bool) -> Prompts:
+def encode_fixed_prompts(
+    options: SampleOptions, images: Sequence[Image.Image | None], frozen: FrozenNetworks, *, cacheable: bool
+) -> Prompts:
     """Query states of the sample prompts, computed once if the language side is frozen."""
     if not cacheable:
         return Prompts(options, tuple(images), None, None)

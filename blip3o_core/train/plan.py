@@ -15,16 +15,16 @@ from .model import TrainingModel
 from .noise import Draw
 from .run import Opened, open_run
 
-GIB = 2**30
+MIB = 2**20
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # per trained parameter: moments, and for prodigy two more copies
 FILE_OVERHEAD = 200  # bytes of a header
 
 
 def plan(config: TrainConfig) -> str:
     """Loads data and model in this process, trains and writes nothing -> a report. Raises Blip3oError as the run itself would."""
-    opened = open_run(config)
     device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
+    opened = open_run(config, precision)
     frozen = FrozenNetworks(opened.sources, device=device, dtype=frozen_dtype(precision))
     model = build_model(config, opened.sources, frozen, opened.sets.tasks, precision=precision)
     model.set_training(True)
@@ -114,9 +114,9 @@ def _memory(config: TrainConfig, model: TrainingModel, frozen: FrozenNetworks, a
         f"activations of {config.train.batch_size} samples (measured)": activations,
     }  # fmt: skip
     counted = sum(size for name, size in rows.items() if "not while training" not in name)
-    lines = [f"{'memory per process':<56}{'GiB':>8}"]
-    lines += [f"{name:<56}{size / GIB:>8.2f}" for name, size in rows.items() if size]
-    lines.append(f"{'together, without temporary buffers':<56}{counted / GIB:>8.2f}")
+    lines = [f"{'memory per process':<56}{'MiB':>12}"]
+    lines += [f"{name:<56}{size / MIB:>12,.1f}" for name, size in rows.items() if size]
+    lines.append(f"{'together, without temporary buffers':<56}{counted / MIB:>12,.1f}")
     return "\n".join(lines)
 
 
@@ -133,5 +133,6 @@ def _disk(config: TrainConfig, opened: Opened, dtype: torch.dtype) -> str:
     size = checkpoint.dit_config
     targets = embedded * (64 * size.in_channels * 2 + FILE_OVERHEAD)
     states = 0 if opened.caches.states is None else drawn * (checkpoint.num_queries * size.context_dim * dtype.itemsize + FILE_OVERHEAD)
-    return (f"{'disk for caches, at most':<56}{'GiB':>8}\n{'embeddings':<56}{targets / GIB:>8.2f}\n{'query states':<56}{states / GIB:>8.2f}\n"
-            f"in {opened.caches.targets.folder.parent}")
+    lines = [f"{'disk for caches, at most':<56}{'MiB':>12}", f"{'embeddings':<56}{targets / MIB:>12,.1f}"]
+    lines += [f"{'query states':<56}{states / MIB:>12,.1f}", f"in {opened.caches.targets.folder.parent}"]
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,13 +56,13 @@ class Opened:
     sample_images: tuple[Image.Image | None, ...]
 
 
-def open_run(config: TrainConfig) -> Opened:
-    """Raises ConfigError, DataError, CheckpointError, InputError: everything that is wrong with files and settings."""
+def open_run(config: TrainConfig, precision: str) -> Opened:
+    """`precision`: bf16, fp16 or fp32. Raises ConfigError, DataError, CheckpointError, InputError for whatever is wrong."""
     config.require_complete()
     sources = Sources.open(config.model)
     tasks = [data.task for data in config.data]
     require_trainable(config, [*tasks, *(data.task for data in config.validation.data)])
-    caches = Caches.of(config, sources, tasks)
+    caches = Caches.of(config, sources, tasks, frozen_dtype(precision))
     sets = open_training_sets(config.data, config, sources, caches)
     validation = sets
     if config.validation.data:
@@ -85,31 +85,34 @@ def run_training(config: TrainConfig) -> int:
 
     Raises: Blip3oError of any kind; a checkpoint that was written stays whole.
     """
-    opened = open_run(config)
-    accelerator = make_accelerator(config, opened.sets.tasks)
+    config.require_complete()
+    accelerator = make_accelerator(config)
     try:
-        return Session(opened, accelerator).run()
+        return Session(open_run(config, precision_of(accelerator)), accelerator).run()
     finally:
         accelerator.free_memory()
 
 
-def make_accelerator(config: TrainConfig, tasks: Sequence[str]) -> "Accelerator":
+def make_accelerator(config: TrainConfig) -> "Accelerator":
     """accelerate's engine for one process or for those that `accelerate launch` started, with its own configuration files."""
     accelerate = require_package("accelerate", extra="train", purpose="training")
-    if config.train.device not in ("auto", "cpu"):
-        resolve_device(config.train.device)
-    cpu = config.train.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    device = torch.device("cpu") if cpu else resolve_device(None)
+    device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=len(tasks) > 1)
+    several_tasks = len({data.task for data in config.data}) > 1  # then a process may meet none of one task
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=several_tasks)
     accelerator = accelerate.Accelerator(
-        mixed_precision={"fp32": "no"}.get(precision, precision), cpu=cpu, kwargs_handlers=[unused],
+        mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu", kwargs_handlers=[unused],
         gradient_accumulation_steps=config.train.gradient_accumulation,
     )  # fmt: skip
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:  # it would read the batch size off a data loader, which is ours
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train.batch_size
     return accelerator
+
+
+def precision_of(accelerator: "Accelerator") -> str:
+    """fp32, bf16 or fp16."""
+    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
 class Session:
@@ -119,7 +122,7 @@ class Session:
         self.opened, self.accelerator = opened, accelerator
         self.config = opened.config
         self.output = Path(os.path.expanduser(self.config.output.folder))
-        self.precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        self.precision = precision_of(accelerator)
         self.main = accelerator.is_main_process
         self.log: RunLog | None = None
 
@@ -210,7 +213,7 @@ class Session:
         """The loop, with what happens between updates."""
         config, state, accelerator = self.config, run.state, self.accelerator
         data = TrainingData(
-            self.opened.sets.datasets, self.opened.sets.mixture(config.train.seed), self.opened.sets.preparers[0],
+            self.opened.sets.datasets, self.opened.sets.mixture(config.train.seed), self.opened.sets.preparers,
             batch_size=config.train.batch_size, rank=accelerator.process_index, world=accelerator.num_processes,
             workers=config.loader.workers, known_broken=frozenset(state.broken),
         )  # fmt: skip
@@ -320,16 +323,15 @@ class Session:
             export_lora(path, self.config, self.opened.sources, model, values, run.state.step)
         else:
             path = self.output / MODEL_FOLDER
-            export_model(path, self.config, self.opened.sources, model, values, overwrite=True, scaling_factor=self._scaling_factor(run, model))
+            factor = self._scaling_factor(run, model)
+            export_model(path, self.config, self.opened.sources, model, values, overwrite=True, scaling_factor=factor)
         self.log.event(run.state.step, f"finished: {path.name}")
 
     def _scaling_factor(self, run: Run, model: TrainingModel) -> float | None:
         """1 / standard deviation of the latents of a VAE that was trained."""
         if model.vae is None:
             return None
-        from .datasets import validation_examples as first_examples
-
-        examples = first_examples(self.opened.sets, max(64, self.config.validation.samples))
+        examples = validation_examples(self.opened.sets, max(64, self.config.validation.samples))
         pictures = [example.picture for example in examples if example.picture is not None]
         with self._averaged(run), torch.no_grad():
             latents = torch.cat([model.vae.encode(picture[None].to(model.device)).latent_dist.mode() for picture in pictures])

@@ -29,7 +29,7 @@ def samples(dataset) -> list:
 
 
 def write(folder: Path, **files: str | bytes) -> Path:
-    """Files by name, with __ for the slash and _DOT_ left to the caller: a_png becomes a.png."""
+    """Files by name, where sub__a_png is sub/a.png."""
     for name, content in files.items():
         path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,8 @@ def test_a_folder_is_read_with_its_folders_in_order_of_names(tmp_path):
 @pytest.mark.parametrize("task", ["reconstruct", "decode", "autoencode"])
 def test_picture_tasks_need_no_captions_and_ignore_them(tmp_path, task):
     found = samples(opened(write(tmp_path, a_png="", a_jpg="", b_png="", b_txt="b"), task))
-    assert [(sample.task, sample.text, sample.target.name) for sample in found] == [(task, "", name) for name in ("a.jpg", "a.png", "b.png")]
+    assert [(sample.task, sample.text) for sample in found] == [(task, "")] * 3
+    assert [sample.target.name for sample in found] == ["a.jpg", "a.png", "b.png"]
     assert [len(sample.images) for sample in found] == [int(task == "reconstruct")] * 3
 
 
@@ -147,7 +148,7 @@ def test_many_lines_take_few_bytes_each(tmp_path):
     ("a.json", "[]", "a.json: holds no records"),
     ("a.json", "", "a.json: holds no records"),
     ("a.json", "[1]", "record 1: line 1 is a int, not an object"),
-    ("a.json", '{\n"n": 1}', r"record 1: line 1 is no valid JSON \(Expecting property name"),
+    ("a.json", '{\n"n": 1}', r"record 1: line 2 is no valid JSON .*Give a JSON list, or one JSON object per line"),
     ("a.json", b'["\xff"]', "a.json: is not UTF-8"),
     ("a.json", "[" * 100_000, "nested too deep"),
     ("a.jsonl", "\n\n\n", "a.jsonl: holds no records"),
@@ -199,8 +200,9 @@ def test_a_record_that_can_not_be_used_is_a_broken_sample(tmp_path, record, reas
 def test_a_line_that_is_no_json_is_a_broken_sample(tmp_path):
     write(tmp_path, a_png="", metadata_jsonl='{"file_name": "a.png", "text": "a"}\n\n{"file_name\n[1]\n')
     found = samples(opened(tmp_path))
-    assert [str(item).split(", ", 1)[1] for item in found[1:]] == [
-        "record 2: line 3 is no valid JSON (Unterminated string starting at)", "record 3: line 4 is a list, not an object {...}"]  # fmt: skip
+    places = [str(item).split(", ", 1)[1] for item in found[1:]]
+    assert places[0].startswith("record 2: line 3 is no valid JSON (")
+    assert places[1:] == ["record 3: line 4 is a list, not an object {...}"]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..", "."])

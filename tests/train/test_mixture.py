@@ -39,6 +39,15 @@ def test_with_weights_a_dataset_still_goes_through_all_its_samples_before_one_co
     assert all(sorted(small[first : first + 10]) == list(range(10)) for first in range(0, 50, 10))
 
 
+@pytest.mark.parametrize("weights", [[0, 0], [2, 1]])
+def test_draws_of_a_dataset_are_numbered_without_gaps_over_all_epochs(weights):
+    mixture = Mixture([7, 3], weights, [1, 2], seed=2)
+    found = [mixture.locate(position) for position in range(5 * mixture.epoch_length)]
+    for dataset in range(2):
+        numbers = [draw.number for draw in found if draw.dataset == dataset]
+        assert numbers == list(range(5 * mixture.counts[dataset]))
+
+
 def test_a_small_weight_makes_the_epoch_long_enough_to_be_drawn():
     mixture = Mixture([5, 5], [1000, 1], [1, 1], seed=0)
     assert mixture.counts == (1000, 1)

@@ -77,7 +77,7 @@ def test_peft_loads_a_converted_folder_and_gives_what_our_merge_gives(checkpoint
         merge(ours, lora.adapters[component], 1.0, "own")
         theirs = peft.PeftModel.from_pretrained(load(), folder)
         assert (run(ours) - before).abs().max() > 0.1
-        torch.testing.assert_close(run(theirs), run(ours), rtol=0, atol=1e-5)  # float32, values to 5: measured 1.7e-6
+        torch.testing.assert_close(run(theirs), run(ours), rtol=0, atol=1e-5)  # float32, values to 4: measured 2.3e-6
 
 
 @pytest.mark.parametrize(("dora", "rslora"), [(False, False), (True, False), (False, True)])
@@ -180,7 +180,7 @@ def test_resizing_gives_the_best_approximation_of_the_rank(checkpoint):
             left, values, right = torch.linalg.svd(adapter.delta().double(), full_matrices=False)
             best = (left[:, :3] * values[:3]) @ right[:3]
             assert (small.rank, small.alpha) == (min(adapter.rank, 3), adapter.alpha)
-            torch.testing.assert_close(small.delta().double(), best, rtol=0, atol=1e-6)  # float32: measured 1.5e-7
+            torch.testing.assert_close(small.delta().double(), best, rtol=0, atol=1e-6)  # float32: measured 2.7e-7
             squares += torch.stack([values[:3].square().sum(), values.square().sum()])
     assert resized.kept == pytest.approx((squares[0] / squares[1]).sqrt().item(), abs=1e-5)
     assert 0.5 < resized.kept_least < resized.kept < 1
@@ -196,7 +196,7 @@ def test_resizing_keeps_dtype_and_an_update_of_low_rank_whole():
     small = resized.lora.adapters["dit"][LAYER]
     assert (small.rank, small.down.dtype) == (1, torch.bfloat16)
     assert resized.kept == pytest.approx(1, abs=1e-6)
-    assert (small.delta() - doubled.delta()).norm() / doubled.delta().norm() < 0.005  # bfloat16: measured 0.0023
+    assert (small.delta() - doubled.delta()).norm() / doubled.delta().norm() < 0.005  # bfloat16: measured 0.0024
 
 
 @pytest.mark.parametrize("rank", [0, 5, -1])
