@@ -48,13 +48,13 @@ class Blip3oPipeline:
         self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *, device: torch.device,
         dtype: torch.dtype, vision_source: EvaClipCheckpoint | None = None, on_load: OnLoad | None = None,
         loras: Sequence[ChosenLora] = (), backbone: Backbone | None = None, dit: NextDiT | None = None,
-        decoder_network: SdxlDecoder | None = None,
+        decoder_network: SdxlDecoder | None = None, vision_tower: VisionTower | None = None,
     ) -> None:  # fmt: skip
         """Most callers want `from_pretrained`.
 
         Args:
             loras: as from `open_loras`; merged into networks that are loaded here.
-            backbone, dit, decoder_network: networks that the caller already has, used as they are.
+            backbone, dit, decoder_network, vision_tower: networks that the caller already has, used as they are.
         """
         self.checkpoint = checkpoint
         self.decoder_checkpoint = decoder_checkpoint
@@ -64,7 +64,7 @@ class Blip3oPipeline:
         self._vision_source = vision_source
         self._loras = tuple(loras)
         self._backbone = backbone
-        self._vision_tower: VisionTower | None = None
+        self._vision_tower = vision_tower
         self._output_head: nn.Module | None = None
         self._vision_encoder: EvaClip | None = None
         self._dit = dit
