@@ -160,7 +160,8 @@ class PromptTokenizer:
             closed: the published training form, in which the assistant turn was ended before `[IMG]`.
         """
         template = edit_template(prompt, image_tokens, closed=closed) if image_tokens else generation_template(prompt, closed=closed)
-        return [*self.ids(template)[:TRAINED_PROMPT_TOKENS], self.image_start_id]
+        limit = TRAINED_PROMPT_TOKENS + sum(count + 2 for count in image_tokens[1:])  # the reference knows one image
+        return [*self.ids(template)[:limit], self.image_start_id]
 
     def conversation_ids(self, turns: Sequence[tuple[str, str]], image_tokens: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation, and which of them an assistant has to learn to write: its answers with `<|im_end|>`.

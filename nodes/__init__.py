@@ -6,6 +6,7 @@ from .adapters.folders import register_folders
 from .conditioning import Blip3oEmbeddingToConditioning, Blip3oTextEncode
 from .embeddings import Blip3oEmbeddingPreview, Blip3oEmptyEmbedding, Blip3oImageEncode, Blip3oMixEmbeddings
 from .loaders import Blip3oCheckpointLoader, Blip3oSDXLDecoderLoader, Blip3oVisionEncoderLoader
+from .lora import Blip3oLoraLoader
 from .sampling import Blip3oScheduler
 from .understanding import Blip3oAsk, Blip3oChat
 
@@ -19,6 +20,7 @@ class Blip3oExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Blip3oCheckpointLoader,
+            Blip3oLoraLoader,
             Blip3oVisionEncoderLoader,
             Blip3oTextEncode,
             Blip3oEmptyEmbedding,

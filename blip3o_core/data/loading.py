@@ -6,6 +6,8 @@ rank * W + m % W, and DataLoader gives every W-th micro-batch to the same worker
 """
 
 import itertools
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +27,7 @@ from .seeds import REPLACEMENT, generator
 MAX_REPLACEMENTS = 20  # tries at one position of an indexed dataset
 MAX_SKIPPED = 1000  # broken samples in a row of a stream; a shard may be bad as a whole
 PREFETCH = 2  # micro-batches per worker
+GRACE_S = 60  # a worker outlives a SIGTERM by this: the update in progress may need its samples
 _COUNTED_POSITIONS = 1 << 22  # at a time
 
 Broken = tuple[tuple[str, str], ...]
@@ -220,6 +223,24 @@ class _Answers(Dataset):
             return error
 
 
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and the SIGTERM of a batch system reach all processes; our workers end with us, not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+
+
+def _started(loader: DataLoader) -> Iterator[list]:
+    """Its workers run. DataLoader would raise out of a signal handler when one dies, in the middle of an update; `next` tells it too."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+
+
 def _as_list(items: list) -> list:
     return items
 
@@ -237,10 +258,10 @@ def batches(data: TrainingData, start_position: int = 0, *, start_method: str | 
         return
     loader = DataLoader(
         _Answers(data), batch_sampler=_Positions(data, start_position), num_workers=data.workers, collate_fn=_as_list,
-        prefetch_factor=PREFETCH, multiprocessing_context=start_method,
+        prefetch_factor=PREFETCH, multiprocessing_context=start_method, worker_init_fn=_outlive_signals,
         generator=torch.Generator().manual_seed(0),  # else it takes a number from the global one
     )  # fmt: skip
-    iterator = iter(loader)
+    iterator = _started(loader)
     try:
         while True:
             items = _next_of(iterator, data.workers)

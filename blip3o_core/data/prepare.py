@@ -17,7 +17,7 @@ from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
 from .transforms import augment
 
 PROMPT_IMAGE_SIZE = (448, 448)  # of pictures before an instruction, as when drawing
-DRAW_STREAM = 1  # keeps the random numbers of a draw apart from those of the order
+DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
 
 
 @dataclass
@@ -68,28 +68,24 @@ class Preparer:
         """Raises BrokenSample if a picture can't be read or a conversation is too long."""
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, position, DRAW_STREAM]))
         flipped, dropped = rng.random() < self.augmentation.flip, rng.random() < self.augmentation.caption_dropout
-        return self._prepare(sample, position, flipped=flipped, dropped=dropped, rng=rng)
+        return self._prepare(sample, position, flipped=flipped, dropped=dropped)
 
     def variants(self, sample: Sample) -> Iterator[Example]:
         """All examples that draws of this sample can become, for filling the cache; a random crop has no end of them."""
-        for flipped in (False, True):
-            for dropped in (False, True):
-                possible = (self.augmentation.flip < 1 if not flipped else self.augmentation.flip > 0) and (
-                    self.augmentation.caption_dropout < 1 if not dropped else self.augmentation.caption_dropout > 0
-                )
-                if possible:
-                    yield self._prepare(sample, 0, flipped=flipped, dropped=dropped, rng=None)
+        for flipped in possible(self.augmentation.flip):
+            for dropped in possible(self.augmentation.caption_dropout):
+                yield self._prepare(sample, 0, flipped=flipped, dropped=dropped)
 
-    def _prepare(self, sample: Sample, position: int, *, flipped: bool, dropped: bool, rng: np.random.Generator | None) -> Example:
+    def _prepare(self, sample: Sample, position: int, *, flipped: bool, dropped: bool) -> Example:
         example = Example(sample.name, sample.task, position)
         try:
             if sample.task in GENERATION_TASKS:
                 self._prompt(example, sample, flipped, dropped)
-                self._target(example, sample, flipped, rng)
+                self._target(example, sample, flipped)
             elif sample.task in WRITING_TASKS:
                 self._conversation(example, sample, flipped)
             else:
-                self._picture(example, sample, flipped, rng)
+                self._picture(example, sample, flipped)
         except (InputError, OSError) as error:
             raise BrokenSample(sample.name, str(error)) from error
         return example
@@ -103,24 +99,27 @@ class Preparer:
         else:
             text = with_trigger(sample.text, self.augmentation.trigger)
         if self.states is not None:
-            example.states_key = content_key(images, text, flipped and bool(images), self.closed_turn)
+            example.states_key = content_key(images, text, flipped and bool(images), self.closed_turn, sample.task == "reconstruct")
             example.states = self.states.load(example.states_key)
             if example.states is not None:
                 return
         counts: list[int] = []
         if images:
-            pictures = [mirrored(open_picture(image, sample.name), flipped) for image in images]
+            if sample.task == "reconstruct":  # the part of the picture that EVA-CLIP sees, as in the reference
+                pictures = [picture_square(self._augmented(example, sample, flipped), PROMPT_IMAGE_SIZE[0])]
+            else:
+                pictures = [mirrored(open_picture(image, sample.name), flipped) for image in images]
             example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, size=PROMPT_IMAGE_SIZE)
             counts = token_counts(example.grid_thw)
         example.ids = self.tokenizer.training_ids(text, image_tokens=counts, closed=self.closed_turn)
 
-    def _target(self, example: Example, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> None:
+    def _target(self, example: Example, sample: Sample, flipped: bool) -> None:
         if self.targets is not None:
             example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
             example.target = self.targets.load(example.target_key)
             if example.target is not None:
                 return
-        picture = self._augmented(sample, flipped, rng)
+        picture = self._augmented(example, sample, flipped)
         example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
 
     def _conversation(self, example: Example, sample: Sample, flipped: bool) -> None:
@@ -135,26 +134,31 @@ class Preparer:
         if not any(example.learned):
             raise BrokenSample(sample.name, "the conversation has no answer to learn")
 
-    def _augmented(self, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> Image.Image:
-        """rng is None where no crop is random."""
-        picture = open_picture(sample.target, sample.name)
-        return augment(picture, rng or np.random.default_rng(0), flip=float(flipped), crop=self.augmentation.crop)[0]
+    def _augmented(self, example: Example, sample: Sample, flipped: bool) -> Image.Image:
+        """The same each time for one example."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, example.position, CROP_STREAM]))
+        return augment(open_picture(sample.target, sample.name), rng, flip=float(flipped), crop=self.augmentation.crop)[0]
 
-    def _picture(self, example: Example, sample: Sample, flipped: bool, rng: np.random.Generator | None) -> None:
+    def _picture(self, example: Example, sample: Sample, flipped: bool) -> None:
         picture = None
         if sample.task in ("decode", "contrast"):
             if self.targets is not None and sample.task == "decode":
                 example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
                 example.target = self.targets.load(example.target_key)
             if example.target is None:
-                picture = self._augmented(sample, flipped, rng)
+                picture = self._augmented(example, sample, flipped)
                 example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
         if sample.task == "contrast":
             example.ids = self.tokenizer.ids([with_trigger(sample.text, self.augmentation.trigger)])[: self.max_tokens]
             return
-        picture = picture or self._augmented(sample, flipped, rng)
+        picture = picture or self._augmented(example, sample, flipped)
         square = picture_square(picture, self.picture_size)
         example.picture = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def possible(share: float) -> tuple[bool, ...]:
+    """What a draw with this probability of True can give."""
+    return (*((False,) if share < 1 else ()), *((True,) if share > 0 else ()))
 
 
 def open_picture(source: ImageSource, name: str) -> Image.Image:

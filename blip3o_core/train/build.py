@@ -1,9 +1,11 @@
 """Configuration -> the networks of a run: which are loaded, in which precision, which of their weights train."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.load import OnLoad, fill
 from ..data.sample import GENERATION_TASKS, WRITING_TASKS
@@ -12,6 +14,7 @@ from ..models.qwen2_5_vl import TiedHead
 from .adapters import add_adapters, dropout_layers
 from .config import TrainConfig
 from .contrastive import TextTower
+from .fresh import start_afresh, start_queries_afresh
 from .frozen import FrozenNetworks, Sources
 from .model import TrainingModel
 from .noise import hashed_seed
@@ -19,9 +22,14 @@ from .objectives import TRAINS, build_objectives
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+LEARNED_FROM = {"clip": (*GENERATION_TASKS, "decode"), "vae": ("decode",)}
+"""Network -> tasks that learn from what it makes, for which it has to hold still."""
+
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """auto is bf16 on an accelerator and fp32 on the CPU."""
+    """auto is bf16 on an accelerator and fp32 on the CPU. Raises ConfigError for fp16 on the CPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError('train.precision is "fp16", which needs an accelerator; this run is on the CPU. Use "bf16" or "fp32".')
     if precision != "auto":
         return precision
     return "fp32" if device.type == "cpu" else "bf16"
@@ -43,9 +51,16 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
         if not any(part in TRAINS[task] for task in tasks):
             raise ConfigError(f"{part} is to be trained, but no dataset has a task that reaches it: "
                               f"{', '.join(task for task, reached in TRAINS.items() if part in reached)}.")
-    unified = [task for task in tasks if task in GENERATION_TASKS]
-    if "clip" in parts and unified:
-        raise ConfigError(f"clip can't train in one run with {unified[0]}: its features are what that task learns. Train it first.")
+    for part, learned in LEARNED_FROM.items():
+        learning = [task for task in tasks if task in learned]
+        if part in parts and learning:
+            raise ConfigError(f"{part} can't train in one run with {learning[0]}: its features are what that task learns. Train it "
+                              "first.")
+    if "contrast" in tasks and config.train.batch_size < 2:
+        raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
+    if config.train.precision == "fp16" and ("vae" in parts or config.trains_language_side or set(tasks) & set(WRITING_TASKS)):
+        raise ConfigError('train.precision is "fp16", in which Qwen2.5-VL and the VAE overflow; here gradients pass through one of them. '
+                          'Use "bf16".')
 
 
 def build_model(
@@ -59,40 +74,43 @@ def build_model(
     lora = set(config.lora.parts) if config.train.method == "lora" else set()
     device, low = frozen.device, PRECISIONS[precision]
     generating, writing = any(task in GENERATION_TASKS for task in tasks), any(task in WRITING_TASKS for task in tasks)
-    checkpoint = sources.checkpoint
+    source = sources.checkpoint
 
     def load(loader, part: str, frozen_as: torch.dtype) -> nn.Module:
         network = loader(dtype=torch.float32 if part in full else frozen_as, device=device, on_load=on_load)
+        if part in config.train.fresh:
+            start_afresh(network, part, config.train.seed)
         return network.requires_grad_(True) if part in full else network
 
     networks: dict[str, nn.Module] = {}
     if generating:
-        networks["dit"] = load(checkpoint.load_dit, "dit", low)
+        networks["dit"] = load(source.load_dit, "dit", low)
     if (generating and config.trains_language_side) or writing:
-        backbone = networks["backbone"] = load(checkpoint.load_backbone, "backbone", frozen_dtype(precision))
+        backbone = networks["backbone"] = load(source.load_backbone, "backbone", frozen_dtype(precision))
         backbone.latent_queries.requires_grad_("latent_queries" in config.trained_parts)
-        backbone.latent_queries.data = backbone.latent_queries.data.float()
-        if "backbone" in full and not generating:
-            backbone.latent_queries.requires_grad_(False)  # no text reaches them
-        if not writing:
-            backbone.language_model.requires_grad_("backbone" in full)
+        if backbone.latent_queries.requires_grad:
+            backbone.latent_queries.data = backbone.latent_queries.data.float()
+        if "latent_queries" in config.train.fresh:
+            start_queries_afresh(backbone.latent_queries, config.train.seed)
     if writing:
-        head = checkpoint.load_output_head(networks["backbone"], dtype=torch.float32 if "backbone" in full else frozen_dtype(precision),
-                                           device=device, on_load=on_load)  # fmt: skip
+        head = source.load_output_head(networks["backbone"], dtype=torch.float32 if "backbone" in full else frozen_dtype(precision),
+                                       device=device, on_load=on_load)  # fmt: skip
+        if "backbone" in config.train.fresh:
+            start_afresh(head, "output_head", config.train.seed)
         networks["output_head"] = head if isinstance(head, TiedHead) else head.requires_grad_("backbone" in full)
     if "vision" in full:
-        networks["vision_tower"] = load(checkpoint.load_vision_tower, "vision", low)
+        networks["vision_tower"] = load(source.load_vision_tower, "vision", low)
     if "contrast" in tasks:
         networks["vision_encoder"] = load(sources.require_vision_encoder().load, "clip", low)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed_seed(config.train.seed, "text tower"))
-            networks["text_tower"] = TextTower(checkpoint.tokenizer.vocabulary_size, checkpoint.dit_config.in_channels).to(device)
+            networks["text_tower"] = TextTower(source.tokenizer.vocabulary_size, source.dit_config.in_channels).to(device)
     if "decode" in tasks:
-        networks["unet"] = _load_decoder_part(sources, "unet", trained="decoder" in full, dtype=low, device=device, on_load=on_load)
+        networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:
-        networks["vae"] = _load_decoder_part(sources, "vae", trained="vae" in full, dtype=torch.float32, device=device, on_load=on_load)
+        networks["vae"] = _load_decoder_part(sources, "vae", "vae", config, dtype=torch.float32, device=device, on_load=on_load)
 
-    model = TrainingModel(frozen, build_objectives(config.objective, tasks), image_pad_id=checkpoint.tokenizer.image_pad_id,
+    model = TrainingModel(frozen, build_objectives(config.objective, tasks), image_pad_id=source.tokenizer.image_pad_id,
                           checkpoint_layers=config.train.gradient_checkpointing, **networks)  # fmt: skip
     active: list[nn.Module] = []
     if "dit" in lora and model.dit is not None:
@@ -101,7 +119,6 @@ def build_model(
     if "language_model" in lora:
         add_adapters(model.backbone.language_model, config.lora.language_model_targets, config.lora, config.train.seed, "language model")
         active += dropout_layers(model.backbone.language_model)
-        model.backbone.latent_queries.requires_grad_(config.lora.latent_queries)
     if config.train.gradient_checkpointing:
         active += _checkpoint_layers(model)
     model.active = tuple(active)
@@ -110,11 +127,16 @@ def build_model(
     return model
 
 
-def _load_decoder_part(sources: Sources, part: str, *, trained: bool, dtype: torch.dtype, device: torch.device, on_load: OnLoad | None):
+def _load_decoder_part(
+    sources: Sources, folder: str, part: str, config: TrainConfig, *, dtype: torch.dtype, device: torch.device, on_load: OnLoad | None
+):  # fmt: skip
     decoder = sources.require_decoder()
-    network, entries = (decoder.empty_unet(), decoder.unet) if part == "unet" else (decoder.empty_vae(), decoder.vae)
-    network = fill(network, entries, component=f"decoder's {part}", source=decoder.folder / part,
+    trained = part in config.train.parts
+    network, entries = (decoder.empty_unet(), decoder.unet) if folder == "unet" else (decoder.empty_vae(), decoder.vae)
+    network = fill(network, entries, component=f"decoder's {folder}", source=decoder.folder / folder,
                    dtype=torch.float32 if trained else dtype, device=device, on_load=on_load)  # fmt: skip
+    if part in config.train.fresh:
+        start_afresh(network, part, config.train.seed)
     return network.requires_grad_(trained)
 
 
@@ -122,16 +144,27 @@ def _checkpoint_layers(model: TrainingModel) -> list[nn.Module]:
     """Turns on recomputation in the networks of other libraries -> those that do it only in training mode (none has dropout)."""
     active: list[nn.Module] = []
     if model.backbone is not None and any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        model.backbone.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model.backbone.language_model)
         active.append(model.backbone.language_model)
     if model.vision_tower is not None:
-        model.vision_tower.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model.vision_tower.network)
         active.append(model.vision_tower.network)
+    if model.vision_encoder is not None:
+        for block in model.vision_encoder.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for network in (model.unet, model.vae):
         if network is not None:
             network.enable_gradient_checkpointing()
             active.append(network)
     return active
+
+
+def _recompute(network: nn.Module) -> None:
+    """Of transformers, which renames the method in 5.x."""
+    if hasattr(network, "activation_checkpointing_enable"):
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def parameters_by_part(model: TrainingModel) -> Mapping[str, tuple[int, int]]:

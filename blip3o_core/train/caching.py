@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..data.broken import BrokenSample
 from ..data.cache import FeatureCache
 from ..data.prepare import Example
-from .datasets import CACHED_TASKS, count_samples, first_samples
+from .datasets import CACHED_TASKS, count_samples, first_samples, validation_examples
 from .frozen import FrozenNetworks
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _fill(
 
 
 def _examples(opened: "Opened", seen: Callable[[int], object]) -> Iterator[Callable[[], list[Example]]]:
-    """Every sample of the cached tasks, as a function that prepares its variants: only the process that needs them decodes."""
+    """Samples of the cached tasks and of validation, as functions that prepare their variants: only the process that needs them decodes."""
     for dataset, preparer in zip(opened.sets.datasets, opened.sets.preparers, strict=True):
         if dataset.task not in CACHED_TASKS:
             continue
@@ -74,6 +74,9 @@ def _examples(opened: "Opened", seen: Callable[[int], object]) -> Iterator[Calla
             seen(1)
             if not isinstance(sample, BrokenSample):
                 yield lambda preparer=preparer, sample=sample: list(preparer.variants(sample))
+    if opened.config.validation.every:  # may have datasets of its own, and is never augmented
+        for example in validation_examples(opened.validation_sets, opened.config.validation.samples):
+            yield lambda example=example: [example]
 
 
 def _share(makers: Iterator[Callable[[], list[Example]]], rank: int, world: int) -> Iterator[Example]:

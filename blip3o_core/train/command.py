@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import Blip3oError
+from ..errors import Blip3oError, TrainingError
 
 EXAMPLES = """examples:
   python -m blip3o_core.train lora.toml
@@ -56,9 +56,16 @@ def run(args: argparse.Namespace) -> int:
 
         print(plan(config))
         return 0
+    import torch
+
     from .run import run_training
 
-    stopped = run_training(config)
+    try:
+        stopped = run_training(config)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"out of memory ({str(error).splitlines()[0]}). What was saved is intact. Less is taken by "
+                            "train.gradient_checkpointing=true, by cache.enabled=true, and by a lower train.batch_size with a higher "
+                            "train.gradient_accumulation; --dry-run estimates it.") from error  # fmt: skip
     return 128 + stopped if stopped else 0
 
 

@@ -16,6 +16,7 @@ from .options import build, option, read_toml, to_toml, with_overrides
 
 LORA_PARTS = ("dit", "language_model")
 PARTS = ("dit", "latent_queries", "backbone", "vision", "clip", "decoder", "vae")
+RESERVED_NAMES = ("trained", "ema")  # files of a checkpoint, beside which the LoRA lies
 FORMATS = ("auto", "folder", "jsonl", "conversations", "edits", "webdataset")
 
 
@@ -35,6 +36,8 @@ class TrainOptions:
     method: str = option("lora", "lora: small matrices beside frozen layers; full: the parts listed below", choices=("lora", "full"))
     parts: tuple[str, ...] = option((), "method full: which networks train; all others stay frozen. clip is the EVA-CLIP tower, decoder "
                                     "the UNet, vae the decoder's autoencoder", choices=PARTS)
+    fresh: tuple[str, ...] = option((), "method full: which of these parts start from random weights instead of the checkpoint's",
+                                    choices=PARTS)
     steps: int = option(1000, "updates of the weights", minimum=1)
     batch_size: int = option(4, "samples per process and micro-batch", minimum=1)
     gradient_accumulation: int = option(1, "micro-batches per update", minimum=1)
@@ -56,7 +59,7 @@ class LoraOptions:
 
     parts: tuple[str, ...] = option(("dit",), "networks that get adapters", choices=LORA_PARTS)
     rank: int = option(16, "inner width of the adapters", minimum=1)
-    alpha: float = option(16.0, "strength: the update is scaled by alpha / rank", minimum=0)
+    alpha: float = option(16.0, "strength: the update is scaled by alpha / rank", minimum=0.001)
     dropout: float = option(0.0, "on the input of the adapters", minimum=0, maximum=0.95)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead")
     dora: bool = option(False, "train the magnitude of each column apart from its direction (slower)")
@@ -77,19 +80,20 @@ class ObjectiveOptions:
     shift: float = option(1.0, "of the noise schedule; above 1 trains more near the noise", minimum=0.01)
     condition_dropout: float = option(0.1, "share of samples whose query states are zero: what guidance subtracts", minimum=0, maximum=1)
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
-    weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS)
+    weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
+                                       minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """[optimizer]"""
+    """[optimizer]: how gradients change the weights."""
 
     name: str = option("adamw", "adamw; adamw8bit (extra adamw8bit, CUDA); prodigy (extra prodigy, learning_rate 1)",
                        choices=("adamw", "adamw8bit", "prodigy"))
-    learning_rate: float = option(1e-4, "peak", minimum=0)
-    beta1: float = option(0.9, "decay of the gradient's average", minimum=0, maximum=1)
-    beta2: float = option(0.999, "decay of its square's average", minimum=0, maximum=1)
-    epsilon: float = option(1e-8, "added to the denominator", minimum=0)
+    learning_rate: float = option(1e-4, "peak", minimum=0, maximum=1000)
+    beta1: float = option(0.9, "decay of the gradient's average", minimum=0, maximum=0.999999)
+    beta2: float = option(0.999, "decay of its square's average", minimum=0, maximum=0.999999)
+    epsilon: float = option(1e-8, "added to the denominator", minimum=1e-20)
     weight_decay: float = option(0.0, "decoupled; the published runs use 0", minimum=0)
     schedule: str = option("cosine", "of the learning rate after warm-up", choices=("cosine", "constant"))
     warmup_steps: int = option(0, "updates of linear rise at the start", minimum=0)
@@ -193,6 +197,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train.method == "full" and not self.train.parts:
             raise ConfigError(f"train.parts is empty, but train.method is full. List what trains: {', '.join(PARTS)}.")
+        for part in self.train.fresh:
+            if part not in self.train.parts:
+                raise ConfigError(f"train.fresh has {part}, which doesn't train: its random weights would stay random. Add {part} to "
+                                  "train.parts, or remove it.")
         if self.train.method == "lora" and self.train.parts:
             raise ConfigError('train.parts is for train.method = "full"; with lora, lora.parts says which networks get adapters.')
         if self.train.method == "lora" and not self.lora.parts and not self.lora.latent_queries:
@@ -202,6 +210,21 @@ class TrainConfig:
                               "Give one per prompt, empty strings for none.")
         if self.samples.every and not self.samples.prompts:
             raise ConfigError("samples.every is set, but samples.prompts is empty. Give at least one prompt.")
+        if self.train.method == "lora":
+            for part, targets in (("dit", self.lora.dit_targets), ("language_model", self.lora.language_model_targets)):
+                if part in self.lora.parts and not targets:
+                    raise ConfigError(f"lora.{part}_targets is empty, but lora.parts has {part}. Leave the targets out for the usual "
+                                      f"layers, or remove {part} from lora.parts.")
+        if self.optimizer.name == "prodigy" and self.optimizer.learning_rate < 0.01:
+            raise ConfigError(f"optimizer.name is prodigy, which finds the rate by itself and scales it by optimizer.learning_rate = "
+                              f"{self.optimizer.learning_rate:g}: nothing would be learned. Set it to 1.")
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ConfigError(f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than train.steps = {self.train.steps}: the "
+                              "learning rate would never reach its peak. Lower the one or raise the other.")
+        _require_file_name(self.output.name)
+        for section, datasets in (("data", self.data), ("validation.data", self.validation.data)):
+            for index, data in enumerate(datasets):
+                _require_sensible(f"{section}.{index}", data)
 
     def require_complete(self) -> None:
         """Raises ConfigError unless a model and data are named."""
@@ -209,9 +232,10 @@ class TrainConfig:
             raise ConfigError("model.path is not set. Name the checkpoint folder, in the file or as model.path=FOLDER.")
         if not self.data:
             raise ConfigError("there is no [[data]] section. Name at least one dataset: path and task.")
-        for index, data in enumerate([*self.data, *self.validation.data]):
-            if not data.path:
-                raise ConfigError(f"data.{index}.path is not set. Name a folder, a .json, a .jsonl or tars.")
+        for section, datasets in (("data", self.data), ("validation.data", self.validation.data)):
+            for index, data in enumerate(datasets):
+                if not data.path:
+                    raise ConfigError(f"{section}.{index}.path is not set. Name a folder, a .json, a .jsonl or tars.")
 
     @property
     def trains_language_side(self) -> bool:
@@ -227,6 +251,34 @@ class TrainConfig:
             return self.train.parts
         names = {"dit": "dit", "language_model": "backbone"}
         return (*(names[part] for part in self.lora.parts), *(("latent_queries",) if self.lora.latent_queries else ()))
+
+
+def _require_file_name(name: str) -> None:
+    bad = sorted({letter for letter in name if letter in '/\\:*?"<>|' or not letter.isprintable()})
+    if bad or not name.strip() or name.startswith(".") or name.endswith(".safetensors") or name in RESERVED_NAMES:
+        raise ConfigError(f"output.name: {name!r} can't be the name of a LoRA file. Give a plain name such as fox, without folder, without "
+                          f".safetensors and without {' '.join(bad) or 'special characters'}; {' and '.join(RESERVED_NAMES)} are taken.")
+
+
+def _require_sensible(section: str, data: DataOptions) -> None:
+    """Raises ConfigError for what the task would ignore, or what would spoil it."""
+    captioned = data.task in ("text_to_image", "edit", "contrast")
+    if data.trigger and not captioned:
+        raise ConfigError(f"{section}.trigger: the task {data.task} has no captions. Remove it.")
+    if data.caption_dropout and data.task not in ("text_to_image", "edit"):
+        raise ConfigError(f"{section}.caption_dropout: has no effect on the task {data.task}. Remove it.")
+    if data.flip and data.task in ("edit", "understand"):
+        raise ConfigError(f"{section}.flip: mirrored pictures contradict the words left and right of the task {data.task}. Remove it.")
+    if data.flip and data.task == "text":
+        raise ConfigError(f"{section}.flip: the task text has no pictures. Remove it.")
+    if data.crop == "random" and data.task in ("edit", "understand", "text"):
+        raise ConfigError(f'{section}.crop = "random" has no use for the task {data.task}'
+                          f"{': source and target would show different parts' if data.task == 'edit' else ''}. Remove it.")
+    if data.weight and data.repeats != 1:
+        raise ConfigError(f"{section}: weight = {data.weight:g} and repeats = {data.repeats} contradict each other. repeats counts only "
+                          "where weight is 0; remove one.")
+    if data.samples and data.format not in ("auto", "webdataset"):
+        raise ConfigError(f"{section}.samples is only for tars; a {data.format} is counted. Remove it.")
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

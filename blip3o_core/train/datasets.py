@@ -72,14 +72,10 @@ def count_samples(dataset: IndexedDataset | StreamDataset) -> int:
     return dataset.count if hasattr(dataset, "stream") else len(dataset)
 
 
-def open_training_sets(
-    options: Sequence[DataOptions], config: TrainConfig, sources: Sources, caches: Caches, *, section: str = "data"
-) -> TrainingSets:
+def open_training_sets(options: Sequence[DataOptions], config: TrainConfig, sources: Sources, caches: Caches) -> TrainingSets:
     """Raises DataError, ConfigError before anything heavy is done."""
     datasets, preparers = [], []
-    for index, own in enumerate(options):
-        if own.flip and own.task in ("edit", "understand"):
-            raise ConfigError(f"{section}.{index}.flip: mirrored pictures contradict the words left and right of the task {own.task}.")
+    for own in options:
         datasets.append(open_dataset(own.path, format=own.format, task=own.task, images=own.images, samples=own.samples,
                                      shuffle_buffer=own.shuffle_buffer, seed=config.train.seed))  # fmt: skip
         preparers.append(_preparer(own, config, sources, caches))

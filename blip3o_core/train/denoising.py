@@ -25,6 +25,11 @@ def signal_rates(device: torch.device) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
+def denoising_timesteps(u: Tensor) -> Tensor:
+    """u (B,) in [0, 1) -> timestep (B,) in 0..999; large u is little noise, as in flow matching."""
+    return NUM_TRAIN_TIMESTEPS - 1 - (u * NUM_TRAIN_TIMESTEPS).long()
+
+
 def denoising_objective(options: ObjectiveOptions) -> Objective:
     """Squared error of the predicted noise at one timestep per sample, averaged over the latents."""
 
@@ -37,7 +42,7 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         if not drawn.kept.all():
             kept = drawn.kept.to(embeddings)[:, None, None, None]
             embeddings = kept * embeddings + (1 - kept) * model.frozen.zero_embedding()
-        timestep = (drawn.u * NUM_TRAIN_TIMESTEPS).long().to(latents.device)  # (B,)
+        timestep = denoising_timesteps(drawn.u).to(latents.device)  # (B,)
         rate = signal_rates(latents.device)[timestep][:, None, None, None]
         noise = drawn.noise.to(latents)
         noisy = rate.sqrt() * latents + (1 - rate).sqrt() * noise

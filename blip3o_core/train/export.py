@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.save import save_derived
-from ..checkpoint.shards import read_tensor
+from ..checkpoint.shards import open_shards, read_tensor
+from ..lora.apply import for_host
 from ..lora.files import LoraFile, lora_metadata, write_lora
 from .adapters import read_adapters
 from .config import TrainConfig, as_dict
@@ -34,7 +35,8 @@ def export_lora(
     queries = None
     if config.lora.latent_queries:
         queries = values["backbone.latent_queries"].detach().float().cpu() - base_queries(sources)
-    lora = LoraFile(adapters=adapters, queries=queries)
+    networks = {part: components[part][1] for part in config.lora.parts}
+    lora = for_host(LoraFile(adapters=adapters, queries=queries), networks)  # DoRA as ComfyUI reads it
     metadata = lora_metadata(
         lora, title=config.output.name, fingerprint=sources.checkpoint.fingerprint, base_model=sources.checkpoint.folder.resolve().name,
         trigger=config.lora.trigger, training_steps=step, config=without_paths(config),
@@ -82,7 +84,8 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
         encoder = sources.require_vision_encoder()
         for name, entry in encoder.entries.items():
             tensors[EVA_PREFIX + name] = values[f"vision_encoder.{name}"].detach().to(entry.dtype)
-        changes["config.json"] = {"gen_vision_config": {"head_width": encoder.config.head_width}}
+        sizes = {"head_width": encoder.config.head_width, "layer_norm_eps": encoder.config.layer_norm_eps}  # not in the tensors
+        changes["config.json"] = {"gen_vision_config": sizes}
     decoder_tensors = {}
     for part in ("unet", "vae"):
         own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
@@ -91,6 +94,5 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
             decoder_tensors[part] = {name: value.detach().to(stored[name].dtype) for name, value in own.items()}
     if scaling_factor is not None:
         changes["diffusion-decoder/vae/config.json"] = {"scaling_factor": scaling_factor}
-    entries = {entry.name: entry for part in components.values() for entry in part.values()}
-    save_derived(checkpoint.folder, folder, tensors, entries, decoder=None if decoder is None else decoder.folder,
+    save_derived(checkpoint.folder, folder, tensors, open_shards(checkpoint.folder, "model"), decoder=None if decoder is None else decoder.folder,
                  decoder_tensors=decoder_tensors, config_changes=changes, overwrite=overwrite)  # fmt: skip

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DETACHED = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL_S = 2  # one Ctrl-C comes twice: from the terminal, and from `accelerate launch`
 
 
 @dataclass
 class Run:
-    """One process's view of a run. `state` is everything that moves and is saved; `wrapped` is what DDP or FSDP made of the model."""
+    """One process's view of a run. `state` is everything that moves and is saved; `wrapped` is what DDP made of the model."""
 
     config: TrainConfig
     accelerator: "Accelerator"
@@ -50,6 +51,7 @@ class Update:
     learning_rate: float
     grad_norm: float
     samples: int
+    broken: int  # found since the last save; one that several processes met counts several times
 
 
 class StopRequest:
@@ -57,6 +59,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._noted = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -70,9 +73,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.signal and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.signal and number == signal.SIGINT and now - self._noted > SAME_SIGNAL_S:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal:
+            self.signal, self._noted = number, now
 
 
 def train(run: Run, batches: Iterator[Sequence[Item]], stop: StopRequest, after_update: Callable[[Update], None]) -> int:
@@ -147,14 +152,15 @@ def _clip(run: Run, loss: torch.Tensor) -> float:
 
 def _agree(run: Run, weighted: float, sums: dict[str, list], rate: float, norm: float, stop: StopRequest) -> tuple[Update, int]:
     """What all processes saw in this update, and the signal to stop at if any of them got one: one small message."""
-    values = [float(stop.signal), weighted, *(number for task in run.tasks for number in sums[task])]
+    new = sum(name not in run.state.broken for name in run.broken_here)
+    values = [float(stop.signal), weighted, float(new), *(number for task in run.tasks for number in sums[task])]
     world = run.accelerator.num_processes
     if world > 1:
         together = run.accelerator.gather(torch.tensor([values], dtype=torch.float64, device=run.accelerator.device)
                                           if run.accelerator.device.type != "mps" else torch.tensor([values])).cpu()  # fmt: skip
         values = [together[:, 0].max().item(), together[:, 1].mean().item(), *together[:, 2:].sum(dim=0).tolist()]
-    totals = zip(run.tasks, values[2::2], values[3::2], strict=True)
+    totals = zip(run.tasks, values[3::2], values[4::2], strict=True)
     losses = {task: total / count for task, total, count in totals if count}
     options = run.config.train
-    update = Update(values[1], losses, rate, norm, options.batch_size * world * options.gradient_accumulation)
+    update = Update(values[1], losses, rate, norm, options.batch_size * world * options.gradient_accumulation, int(values[2]))
     return update, int(values[0])

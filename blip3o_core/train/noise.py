@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+BELOW_ONE = 1 - 2**-24  # the largest float32; a sigmoid rounds to 1
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -64,5 +66,5 @@ def _level(generator: torch.Generator, timesteps: str, mean: float, std: float) 
     if timesteps == "uniform":
         return torch.rand((), generator=generator).item()
     if timesteps == "logit_normal":
-        return torch.sigmoid(mean + std * torch.randn((), generator=generator)).item()
+        return min(torch.sigmoid(mean + std * torch.randn((), generator=generator)).item(), BELOW_ONE)
     raise ConfigError(f"timesteps {timesteps!r} is unknown. Use uniform or logit_normal.")

@@ -41,7 +41,20 @@ def read_toml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: can't be read as UTF-8 text ({error}).") from error
     except toml.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not valid TOML ({error}). Text needs quotes, lists need [ ], true and false are lower-case.") from error
+        hint = " Write Windows paths in 'single quotes', or with /." if "\\" in str(error) or "escape" in str(error).lower() else ""
+        raise ConfigError(f"{file}: not valid TOML ({error}). Text needs quotes, lists need [ ], true and false are lower-case; a section "
+                          f"or key stands there only once.{hint}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A value of the command line: what it is as TOML, and as it was typed, which a key for text takes (a folder called 2024)."""
+
+    typed: str
+    value: Any
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -50,6 +63,8 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     for word in overrides:
         name, equals, text = word.partition("=")
         path = name.strip().split(".")
+        if "\udc80" <= max(word, default="") <= "\udfff":
+            raise ConfigError(f"{word!r}: is not UTF-8. Rename the file or folder.")
         if not equals or not all(path):
             raise ConfigError(f"{word!r} is no override. Write section.key=value, for instance train.steps=2000.")
         place: Any = values
@@ -70,47 +85,83 @@ def _descend(place: Any, part: str, name: str, following: str) -> Any:
         if int(part) == len(place):
             place.append({})
         return place[int(part)]
-    length = f"a list of {len(place)}" if isinstance(place, list) else "not a section"
-    raise ConfigError(f"{name}: {part!r} leads nowhere, it stands in {length}. Items count from 0, a new one is added at the end.")
+    if not isinstance(place, list):
+        raise ConfigError(f"{name}: {part!r} leads nowhere: what stands before it is a value, not a section.")
+    before = name[: name.rindex(part)].rstrip(".")
+    raise ConfigError(f"{name}: {part!r} leads nowhere. {before} is a list of {len(place)}, counted from 0; {before}.{len(place)} adds a "
+                      f"new one. Write {before}.0.{following or part}=...")
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> Word:
     toml = _toml_module()
     try:
-        return toml.loads(f"value = {text}")["value"]
-    except (toml.TOMLDecodeError, KeyError):
-        return text
+        values = toml.loads(f"value = {text}")
+    except toml.TOMLDecodeError:
+        return Word(text, text)
+    return Word(text, values["value"] if len(values) == 1 else text)
 
 
-def build(cls: type, values: Any, path: str = "") -> Any:
-    """An instance of the dataclass from plain tables. Raises ConfigError that names the key and the value."""
+def build(cls: type, values: Any, path: str = "", root: type | None = None) -> Any:
+    """An instance of the dataclass from plain tables. Raises ConfigError that names the key and the value.
+
+    root: the dataclass of the whole file, where a key that stands in the wrong section is looked up.
+    """
+    root = root or cls
+    values = values.value if isinstance(values, Word) else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {values!r} is not a section. Write [{path}] and its keys below, or [[{path}]] for one of several.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            known = f"Did you mean {_join(path, near[0])}?" if near else f"Known keys here: {', '.join(fields)}."
-            raise ConfigError(f"{_join(path, key)}: unknown key. {known}")
-    return cls(**{key: _convert(value, hints[key], fields[key].metadata, _join(path, key)) for key, value in values.items()})
+            raise ConfigError(f"{_join(path, key)}: unknown key. {_known(key, fields, path, root)}")
+    return cls(**{key: _convert(value, hints[key], fields[key].metadata, _join(path, key), root) for key, value in values.items()})
 
 
-def _convert(value: Any, hint: Any, metadata: typing.Mapping[str, Any], path: str) -> Any:
+def _known(key: str, fields: typing.Mapping[str, Any], path: str, root: type) -> str:
+    """The same key in another section, else the nearest one here, else the nearest anywhere, else all that are here."""
+    everywhere = [(section, name) for section, name in known_keys(root) if section != path]
+    if found := [_join(section, name) for section, name in everywhere if name == key]:
+        return f"Did you mean {' or '.join(found)}?"
+    if near := difflib.get_close_matches(key, fields, n=1, cutoff=0.5):
+        return f"Did you mean {_join(path, near[0])}?"
+    if near := difflib.get_close_matches(key, [name for _, name in everywhere], n=1, cutoff=0.75):
+        return f"Did you mean {next(_join(*pair) for pair in everywhere if pair[1] == near[0])}?"
+    return f"Known keys here: {', '.join(fields)}."
+
+
+def known_keys(root: type) -> list[tuple[str, str]]:
+    """(section, key) of everything that a file may hold; the sections of a list are called `data.0`."""
+    keys = []
+    for field in dataclasses.fields(root):
+        hint = typing.get_type_hints(root)[field.name]
+        many = typing.get_origin(hint) is tuple
+        section = typing.get_args(hint)[0] if many else hint
+        keys += [(f"{field.name}.0" if many else field.name, own.name) for own in dataclasses.fields(section)]
+    return keys
+
+
+def _convert(value: Any, hint: Any, metadata: typing.Mapping[str, Any], path: str, root: type) -> Any:
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, path)
+        return build(hint, value, path, root)
+    if isinstance(value, Word):
+        value = value.typed if hint is str and not isinstance(value.value, str) else value.value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path}: {value!r} is not a list. Write [{_example(args[0])}].")
-        return tuple(_convert(item, args[0], metadata, f"{path}.{index}") for index, item in enumerate(value))
+            if dataclasses.is_dataclass(args[0]):
+                raise ConfigError(f"{path}: there may be several of these. Write [[{path}]] in the file, {path}.0.{_first(args[0])}=... on "
+                                  "the command line.")
+            example = _toml_value(value) if type(value) is args[0] else _example(args[0])
+            raise ConfigError(f"{path}: {value!r} is not a list. Write [{example}].")
+        return tuple(_convert(item, args[0], metadata, f"{path}.{index}", root) for index, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path}: {value!r} is not a table. Write {{name = value}}.")
         for key in value:
             if metadata.get("keys") and key not in metadata["keys"]:
                 raise ConfigError(f"{path}.{key}: unknown key.{_nearest(key, metadata['keys'])} Known: {', '.join(metadata['keys'])}.")
-        return {key: _convert(item, args[1], metadata, f"{path}.{key}") for key, item in value.items()}
+        return {key: _convert(item, args[1], metadata, f"{path}.{key}", root) for key, item in value.items()}
     if isinstance(hint, types.UnionType):
         raise TypeError(f"{path}: options have one type each")
     if hint is float and type(value) is int:
@@ -121,9 +172,20 @@ def _convert(value: Any, hint: Any, metadata: typing.Mapping[str, Any], path: st
     if choices is not None and value not in choices:
         raise ConfigError(f"{path}: {value!r} is unknown.{_nearest(value, choices)} Use one of {', '.join(choices)}.")
     if hint in (int, float) and not ((low is None or value >= low) and (high is None or value <= high) and math.isfinite(value)):
-        bounds = f"{'' if low is None else low}..{'' if high is None else high}"
-        raise ConfigError(f"{path}: {value!r} is out of range ({bounds}).")
+        raise ConfigError(f"{path}: {value!r} is out of range. It must be {bounds(metadata) or 'a finite number'}.")
     return value
+
+
+def bounds(metadata: typing.Mapping[str, Any]) -> str:
+    """What a number may be, in words; empty if anything."""
+    low, high = metadata["minimum"], metadata["maximum"]
+    if low is not None and high is not None:
+        return f"{low:g} to {high:.10g}"
+    return f"at least {low:.10g}" if low is not None else f"at most {high:.10g}" if high is not None else ""
+
+
+def _first(cls: type) -> str:
+    return dataclasses.fields(cls)[0].name
 
 
 def _nearest(value: str, known: Sequence[str]) -> str:
@@ -146,13 +208,16 @@ def _join(path: str, key: str) -> str:
 
 
 def to_toml(config: Any) -> str:
-    """A dataclass of sections as TOML, each key behind its documentation."""
+    """A dataclass of sections as TOML, each key behind its documentation. Of an empty list of sections one is shown as comments."""
     lines: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, tuple):
-            for item in value or ():
+            for item in value:
                 lines += ["", *_section(item, field.name, array=True)]
+            if not value:
+                item = typing.get_args(typing.get_type_hints(type(config))[field.name])[0]()
+                lines += ["", *(line if line.startswith("# ") else f"#{line}" for line in _section(item, field.name, array=True))]
         else:
             lines += ["", *_section(value, field.name, array=False)]
     return "\n".join(lines).lstrip("\n") + "\n"
@@ -173,13 +238,7 @@ def _section(section: Any, path: str, *, array: bool) -> list[str]:
 
 
 def _comment(metadata: typing.Mapping[str, Any]) -> list[str]:
-    text = metadata["help"]
-    low, high = metadata["minimum"], metadata["maximum"]
-    if metadata["choices"]:
-        text += f". One of: {', '.join(metadata['choices'])}"
-    elif low is not None or high is not None:
-        text += f". Range {'' if low is None else low}..{'' if high is None else high}"
-    words, lines = text.split(), ["#"]
+    words, lines = f"{metadata['help']}{_allowed(metadata)}".split(), ["#"]
     for word in words:
         if len(lines[-1]) + 1 + len(word) > WIDTH:
             lines.append("#")
@@ -187,11 +246,37 @@ def _comment(metadata: typing.Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _allowed(metadata: typing.Mapping[str, Any]) -> str:
+    if metadata["choices"]:
+        return f". One of: {', '.join(metadata['choices'])}"
+    if metadata["keys"]:
+        return f". Keys: {', '.join(metadata['keys'])}"
+    return f". {bounds(metadata).capitalize()}" if bounds(metadata) else ""
+
+
+def option_tables(root: type) -> str:
+    """All options as Markdown, one table per section: what docs/training.md holds."""
+    lines: list[str] = []
+    for field in dataclasses.fields(root):
+        hint = typing.get_type_hints(root)[field.name]
+        many = typing.get_origin(hint) is tuple
+        section = typing.get_args(hint)[0] if many else hint
+        about = section.__doc__.partition(":")[2].strip()
+        title = f"[[{field.name}]]" if many else f"[{field.name}]"
+        lines += [f"### `{title}`", "", f"{about[:1].upper()}{about[1:]}", "", "| key | default | meaning |", "|---|---|---|"]
+        for own in dataclasses.fields(section):
+            default = own.default if own.default is not dataclasses.MISSING else own.default_factory()
+            text = f"{own.metadata['help']}{_allowed(own.metadata)}".replace("|", "\\|")
+            lines.append(f"| `{own.name}` | `{_toml_value(default)}` | {text} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, too
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):

@@ -45,7 +45,8 @@ def pipeline_of(frozen: FrozenNetworks, model: TrainingModel | None) -> Blip3oPi
     if backbone is None and "backbone" in frozen.loaded:
         backbone = frozen.backbone
     return Blip3oPipeline(sources.checkpoint, sources.decoder, device=frozen.device, dtype=frozen.dtype,
-                          vision_source=sources.vision_encoder, backbone=backbone, dit=model.dit if model is not None else None)  # fmt: skip
+                          vision_source=sources.vision_encoder, backbone=backbone, dit=model.dit if model is not None else None,
+                          vision_tower=model.vision_tower if model is not None else None)  # fmt: skip
 
 
 def encode_fixed_prompts(

@@ -1,9 +1,14 @@
 """The dry run: everything is opened, the networks are loaded, one batch goes forward, and a person reads what would happen."""
 
 import torch
+from safetensors.torch import save
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..data.broken import BrokenSample
-from ..data.prepare import Example
+from ..data.cache import TENSOR
+from ..data.prepare import Augmentation, Example, possible
 from ..data.sample import GENERATION_TASKS
 from ..errors import DataError
 from ..runtime import resolve_device
@@ -16,8 +21,8 @@ from .noise import Draw
 from .run import Opened, open_run
 
 MIB = 2**20
+RELEASED = "not counted: released when cached"
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # per trained parameter: moments, and for prodigy two more copies
-FILE_OVERHEAD = 200  # bytes of a header
 
 
 def plan(config: TrainConfig) -> str:
@@ -36,23 +41,35 @@ def plan(config: TrainConfig) -> str:
 
 
 def activation_bytes(model: TrainingModel, batch: list[Example], precision: str) -> int:
-    """What one forward pass keeps for its backward pass: measured, without weights."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """What one forward pass leaves in memory for its backward pass: measured, without weights."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    holding = []  # keeps the graph, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast(
-        model.device.type, dtype=dtype, enabled=dtype is not None
-    ):
-        holding.append(model(batch, [Draw((0, "plan", index)) for index in range(len(batch))]))
-    return sum(kept.values())
+    made = _MadeStorages()
+    with made, torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        losses = model(batch, [Draw((0, "plan", index)) for index in range(len(batch))])
+    assert losses.requires_grad  # and holds what was kept
+    networks = [model, *(getattr(model.frozen, name) for name in model.frozen.loaded)]  # some were loaded in this pass
+    weights = {tensor.untyped_storage()._cdata for network in networks for tensor in (*network.parameters(), *network.buffers())}
+    return sum(size for address, size in made.alive() if address not in weights)
+
+
+class _MadeStorages(TorchDispatchMode):
+    """Notes the memory behind every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def alive(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what is still in use; the weak references keep addresses from being used twice."""
+        return [(address, size) for address, (reference, size) in self._made.items() if not reference.expired()]
 
 
 def _first_batch(opened: Opened) -> list[Example]:
@@ -79,7 +96,8 @@ def _first_batch(opened: Opened) -> list[Example]:
 
 def _header(config: TrainConfig, opened: Opened, device: torch.device, precision: str) -> str:
     what = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.parts)}" if config.train.method == "lora" else "full training"
-    return f"{opened.sources.checkpoint.folder}: {what}, {precision} on {device}\noutput: {config.output.folder}"
+    return (f"Dry run: nothing is trained, nothing is written.\n\nmodel     {opened.sources.checkpoint.folder}\n"
+            f"training  {what}, {precision} on {device}\noutput    {config.output.folder}")  # fmt: skip
 
 
 def _data(config: TrainConfig, opened: Opened) -> str:
@@ -89,8 +107,10 @@ def _data(config: TrainConfig, opened: Opened) -> str:
     for dataset, samples, count in zip(opened.sets.datasets, opened.sets.counts, mixture.counts, strict=True):
         lines.append(f"{dataset.name[-46:]:<48}{dataset.task:<16}{samples:>10,}{count / mixture.epoch_length:>9.1%}")
     epochs = config.train.steps * per_update / mixture.epoch_length
-    lines.append(f"{config.train.steps:,} steps of {per_update} samples per process ({config.train.batch_size} x "
-                 f"{config.train.gradient_accumulation}) = {epochs:,.1f} epochs of {mixture.epoch_length:,} with one process")  # fmt: skip
+    lines.append(f"{'an epoch':<64}{mixture.epoch_length:>10,}")
+    parts = f"batch_size {config.train.batch_size} x gradient_accumulation {config.train.gradient_accumulation}"
+    lines.append(f"\n{config.train.steps:,} steps of {per_update} samples ({parts}), so every sample is seen {epochs:,.1f} times; with N "
+                 "processes N times as often.")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -104,35 +124,54 @@ def _trained(model: TrainingModel) -> str:
 def _memory(config: TrainConfig, model: TrainingModel, frozen: FrozenNetworks, activations: int) -> str:
     trained = sum(parameter.numel() for parameter in model.trained().values())
     rows = {
-        "frozen weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
-        "trained weights": sum(p.nbytes for p in model.parameters() if p.requires_grad),
-        "frozen networks" + (" (not while training: cached)" if config.cache.enabled else ""):
+        "weights: frozen": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "weights: trained": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        f"weights: {', '.join(frozen.loaded)}" + (f" ({RELEASED})" if config.cache.enabled else ""):
             sum(p.nbytes for name in frozen.loaded for p in getattr(frozen, name).parameters()),
         "gradients": 4 * trained,
         "optimizer": OPTIMIZER_BYTES[config.optimizer.name] * trained,
         "moving average": 4 * trained if config.train.ema_decay else 0,
         f"activations of {config.train.batch_size} samples (measured)": activations,
     }  # fmt: skip
-    counted = sum(size for name, size in rows.items() if "not while training" not in name)
+    counted = sum(size for name, size in rows.items() if RELEASED not in name)
     lines = [f"{'memory per process':<56}{'MiB':>12}"]
     lines += [f"{name:<56}{size / MIB:>12,.1f}" for name, size in rows.items() if size]
     lines.append(f"{'together, without temporary buffers':<56}{counted / MIB:>12,.1f}")
+    if model.device.type == "cuda":
+        held = torch.cuda.memory_reserved(model.device)  # by this dry run
+        free = torch.cuda.mem_get_info(model.device)[0] + held
+        lines.append(f"{f'free on {torch.cuda.get_device_name(model.device)}':<56}{free / MIB:>12,.1f}")
+        if counted > 0.9 * free:
+            lines.append("This is too much, or close to it. Less is taken by train.gradient_checkpointing = true, cache.enabled = true, "
+                         "a lower train.batch_size with a higher train.gradient_accumulation, a lower lora.rank.")  # fmt: skip
     return "\n".join(lines)
 
 
 def _disk(config: TrainConfig, opened: Opened, dtype: torch.dtype) -> str:
     if opened.caches.targets is None:
         return ""
-    checkpoint = opened.sources.checkpoint
-    samples = {options.task: 0 for options in opened.sets.options}
+    size = opened.sources.checkpoint.dit_config
+    embedding = _entry_bytes((size.in_channels, 8, 8), dtype)
+    state = _entry_bytes((opened.sources.checkpoint.num_queries, size.context_dim), dtype)
+    targets = states = 0
     for count, preparer, options in zip(opened.sets.counts, opened.sets.preparers, opened.sets.options, strict=True):
-        own = preparer.augmentation
-        samples[options.task] += count * (2 if 0 < own.flip < 1 else 1) * (2 if 0 < own.caption_dropout < 1 else 1)
-    drawn = sum(count for task, count in samples.items() if task in GENERATION_TASKS)
-    embedded = sum(count for task, count in samples.items() if task in CACHED_TASKS)
-    size = checkpoint.dit_config
-    targets = embedded * (64 * size.in_channels * 2 + FILE_OVERHEAD)
-    states = 0 if opened.caches.states is None else drawn * (checkpoint.num_queries * size.context_dim * dtype.itemsize + FILE_OVERHEAD)
-    lines = [f"{'disk for caches, at most':<56}{'MiB':>12}", f"{'embeddings':<56}{targets / MIB:>12,.1f}"]
-    lines += [f"{'query states':<56}{states / MIB:>12,.1f}", f"in {opened.caches.targets.folder.parent}"]
-    return "\n".join(lines)
+        if options.task in CACHED_TASKS:
+            targets += count * len(possible(options.flip)) * embedding
+        if options.task in GENERATION_TASKS and opened.caches.states is not None:
+            states += _state_entries(options.task, count, preparer.augmentation) * state
+    lines = [f"{'disk for caches, at most':<56}{'MiB':>12}", f"{'embeddings':<56}{targets / MIB:>12,.3f}"]
+    if opened.caches.states is not None:
+        lines.append(f"{'query states':<56}{states / MIB:>12,.3f}")
+    return "\n".join([*lines, f"in {opened.caches.targets.folder.parent}"])
+
+
+def _state_entries(task: str, count: int, augmentation: Augmentation) -> int:
+    """Different prompts that draws of `count` samples can give."""
+    if task == "reconstruct":
+        return count * len(possible(augmentation.flip))
+    captioned, empty = (value in possible(augmentation.caption_dropout) for value in (False, True))
+    return count * captioned + (count if task == "edit" else 1) * empty  # without a picture all empty prompts are one
+
+
+def _entry_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return len(save({TENSOR: torch.zeros(shape, dtype=dtype)}))

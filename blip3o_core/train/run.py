@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ from .ema import MovingAverage
 from .export import MODEL_FOLDER, export_lora, export_model
 from .frozen import FrozenNetworks, Sources
 from .grids import contact_sheet, save_sheet
-from .log import RunLog, peak_memory_bytes
+from .log import FILE as LOG_FILE
+from .log import RunLog, peak_memory_bytes, read_log
 from .loop import Run, StopRequest, Update, train
 from .model import TrainingModel
 from .optimizer import build_optimizer
@@ -66,7 +67,7 @@ def open_run(config: TrainConfig, precision: str) -> Opened:
     sets = open_training_sets(config.data, config, sources, caches)
     validation = sets
     if config.validation.data:
-        validation = open_training_sets(config.validation.data, config, sources, caches, section="validation.data")
+        validation = open_training_sets(config.validation.data, config, sources, caches)
         for task in validation.tasks:
             if task not in sets.tasks:
                 raise ConfigError(f"validation.data has the task {task}, which is not trained. Trained: {', '.join(sets.tasks)}.")
@@ -91,6 +92,7 @@ def run_training(config: TrainConfig) -> int:
         return Session(open_run(config, precision_of(accelerator)), accelerator).run()
     finally:
         accelerator.free_memory()
+        _forget_accelerator(accelerator)
 
 
 def make_accelerator(config: TrainConfig) -> "Accelerator":
@@ -105,9 +107,22 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
         gradient_accumulation_steps=config.train.gradient_accumulation,
     )  # fmt: skip
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if accelerator.distributed_type == "FSDP" or getattr(plugin, "zero_stage", 0) == 3:
+        raise ConfigError("FSDP and DeepSpeed's ZeRO stage 3 split every weight over the processes, but checkpoints, exports and sample "
+                          "pictures here need whole ones. Launch without them (accelerate launch --multi_gpu); for memory there are "
+                          "train.gradient_checkpointing, cache.enabled and, for LoRA, lora.rank.")
     if plugin is not None:  # it would read the batch size off a data loader, which is ours
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train.batch_size
     return accelerator
+
+
+def _forget_accelerator(accelerator: "Accelerator") -> None:
+    """accelerate keeps device and precision for the life of the process; the next run here may have others."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    if accelerator.num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def precision_of(accelerator: "Accelerator") -> str:
@@ -158,7 +173,7 @@ class Session:
         topology = {"processes": self.accelerator.num_processes, "workers": self.config.loader.workers}
         found = checkpoints.find_resumable(self.output, self.config.output.resume) if self.config.output.resume else None
         if found is None:
-            used = checkpoints.list_checkpoints(self.output) or ((self.output / CONFIG_FILE).exists() and not self.config.output.resume)
+            used = checkpoints.list_checkpoints(self.output) or ((self.output / LOG_FILE).exists() and not self.config.output.resume)
             if used:
                 raise OutputError(f"{self.output} holds another run. Give a new output.folder, or go on with it: output.resume=latest.")
             state = RunState(config=config, base=base, topology=topology)
@@ -223,33 +238,34 @@ class Session:
         def due(every: int) -> bool:
             return bool(every) and (state.step % every == 0 or state.step == steps)
 
-        def between_updates() -> None:
-            if due(config.validation.every):
+        def between_updates(done: Sequence[str] = ()) -> None:
+            if due(config.validation.every) and "validation" not in done:
                 self._validate(run, model, examples)
-            if due(config.samples.every) and prompts is not None:
+            if due(config.samples.every) and prompts is not None and "pictures" not in done:
                 self._draw(run, model, frozen, prompts)
             accelerator.wait_for_everyone()
 
         def after_update(update: Update) -> None:
             nonlocal saved_at
-            self._require_few_broken(run)
             if self.main:
                 self.log.train(state.step, loss=update.loss, losses=update.losses, learning_rate=update.learning_rate,
                                grad_norm=update.grad_norm, samples=update.samples,
                                memory_bytes=peak_memory_bytes(accelerator.device))  # fmt: skip
-            if due(config.output.save_every):
+            too_many = self._too_many_broken(run, update)
+            if due(config.output.save_every) or too_many:
                 self._save(run, model)
                 saved_at = state.step
+            if too_many:
+                raise DataError(too_many)
             if due(config.validation.every) or due(config.samples.every):
                 between_updates()
 
-        if state.step == 0:
-            between_updates()
+        between_updates(done=self._logged_at(state.step))
         source = batches(data, state.position - state.position % (config.train.batch_size * accelerator.num_processes))
         try:
             stopped = train(run, source, stop, after_update)
         except DataError:
-            if state.step > saved_at:
+            if state.step > saved_at and accelerator.num_processes == 1:  # others may be anywhere
                 self._save(run, model)  # a killed worker or a bad dataset costs nothing that was trained
             raise
         finally:
@@ -258,11 +274,21 @@ class Session:
             self._save(run, model)
         return stopped
 
+    def _logged_at(self, step: int) -> list[str]:
+        """Kinds of lines that the log has of this step: a run may have been killed between its checkpoint and what follows that."""
+        kinds = [sorted({line["kind"] for line in read_log(self.output) if line["step"] == step})] if self.main else [[]]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(kinds)
+        return kinds[0]
+
     def _validate(self, run: Run, model: TrainingModel, examples: list[Example]) -> None:
         accelerator, options = self.accelerator, self.config.validation
         with self._averaged(run), accelerator.autocast():
             sums = validation_losses(model, examples, timesteps=options.timesteps, batch_size=self.config.train.batch_size,
-                                     seed=self.config.train.seed, rank=accelerator.process_index, world=accelerator.num_processes)  # fmt: skip
+                                     seed=self.config.train.seed, rank=accelerator.process_index,
+                                     world=accelerator.num_processes)  # fmt: skip
         tasks = sorted({example.task for example in examples})
         values = torch.tensor([sums.get(task, (0.0, 0)) for task in tasks], dtype=torch.float32, device=accelerator.device)
         values = accelerator.reduce(values, "sum")
@@ -351,11 +377,14 @@ class Session:
             lines = [json.dumps({"name": name, "reason": reason}, ensure_ascii=False) for name, reason in run.state.broken.items()]
             write_text(self.output / BROKEN_FILE, "\n".join(lines) + "\n")
 
-    def _require_few_broken(self, run: Run) -> None:
-        """Raises DataError beyond loader.max_broken (on the process that meets them)."""
-        found = {**run.state.broken, **run.broken_here}
+    def _too_many_broken(self, run: Run, update: Update) -> str:
+        """What is to be said if loader.max_broken is passed, on all processes; else nothing."""
         limit = self.config.loader.max_broken
-        if len(found) > limit:
-            name, reason = list(found.items())[-1]
-            raise DataError(f"{len(found)} samples can't be used, more than loader.max_broken = {limit}. They are listed in "
-                            f"{self.output / BROKEN_FILE}; the last is {name}: {reason}. Mend them or raise the limit.")
+        if len(run.state.broken) + update.broken <= limit:
+            return ""
+        self._collect_broken(run)
+        if len(run.state.broken) <= limit:  # several processes had met the same
+            return ""
+        name, reason = list(run.state.broken.items())[-1]
+        return (f"{len(run.state.broken)} samples can't be used, more than loader.max_broken = {limit}. They are listed in "
+                f"{self.output / BROKEN_FILE}; the last is {name}: {reason}. Mend them or raise the limit.")

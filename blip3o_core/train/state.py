@@ -56,6 +56,7 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Writes into a temporary folder, flushes it to the disk, renames it; then removes all but the `keep` newest.
 
+    Checkpoints of later steps go too: an older one was resumed, and its future is now another.
     `export` may put more files into the folder, for people.
     Raises: OutputError (a full disk); every earlier checkpoint is then still there.
     """
@@ -64,6 +65,7 @@ def save_checkpoint(
 
     final = checkpoint_folder(output, state.step)
     temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}.tmp")
+    replaced = final.with_name(f".{final.name}-replaced.tmp")
     try:
         remove_unfinished(output)
         temporary.mkdir(parents=True)
@@ -77,16 +79,21 @@ def save_checkpoint(
         for file in temporary.iterdir():
             _flush(file)
         if final.exists():  # the same step again, after a resume with other settings
-            shutil.rmtree(final)
+            os.rename(final, replaced)
         os.replace(temporary, final)
         _flush(final.parent)
     except (OSError, RuntimeError, SafetensorError, OutputError) as error:  # each writer has its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists():
+            with contextlib.suppress(OSError):
+                os.rename(replaced, final)
         kept = list_checkpoints(output)
         raise OutputError(f"{final}: the checkpoint can't be written ({error}). The newest one is {kept[-1] if kept else 'none'}; free "
                           'some space and go on with output.resume="latest".') from error
-    for old in list_checkpoints(output)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    whole = list_checkpoints(output)
+    mine = whole.index(final) + 1
+    for other in [replaced, *whole[:mine][:-keep], *whole[mine:]]:
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 

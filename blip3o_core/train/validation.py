@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from ..data.prepare import Example
-from ..data.sample import WRITING_TASKS
+from ..data.sample import GENERATION_TASKS
 from .model import TrainingModel
 from .noise import Draw
+
+NOISY_TASKS = (*GENERATION_TASKS, "decode")
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def validation_losses(
     """
     pairs = []
     for number, example in enumerate(examples):
-        levels = 1 if example.task in WRITING_TASKS else timesteps
+        levels = timesteps if example.task in NOISY_TASKS else 1
         for level in range(levels):
             draw = Draw((seed, "validation", number, level), u=(level + 0.5) / levels, training=False)
             pairs.append((example, draw))

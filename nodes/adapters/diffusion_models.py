@@ -10,6 +10,7 @@ from torch import Tensor
 from ...blip3o_core.errors import InputError
 from ...blip3o_core.models.nextdit import NextDiT, NextDiTConfig
 from ...blip3o_core.sampling.flow_matching import truncate_timestep
+from .hosting import Origin
 
 EMBEDDING_GRID = (8, 8)
 
@@ -55,7 +56,13 @@ class HostedNextDiT(NextDiT):
 
 
 class FlowModel(model_base.BaseModel):
-    """NextDiT as the host's rectified-flow model, with the integer timesteps of the reference."""
+    """NextDiT as the host's rectified-flow model, with the integer timesteps of the reference.
+
+    Attributes:
+        origin: its checkpoint; set by the loader. Every clone of the patcher has the same model, and so the same origin.
+    """
+
+    origin: Origin
 
     def __init__(self, model_config, device=None) -> None:
         super().__init__(model_config, model_type=model_base.ModelType.FLOW, device=device, unet_model=HostedNextDiT)

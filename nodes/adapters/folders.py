@@ -37,6 +37,18 @@ def list_vision_encoders() -> list[str]:
     return sorted(found) + [CLIP_VISION + name for name in folder_paths.get_filename_list("clip_vision")]
 
 
+def list_loras() -> list[str]:
+    """Files in models/loras that may be a LoRA of ours."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+
+
+def resolve_lora(name: str) -> Path:
+    """The file of a picked LoRA. Raises CheckpointError for a name that the listing doesn't have."""
+    if name not in list_loras():
+        raise CheckpointError(f"{name!r} is not in models/loras (any more). Press R to refresh the list.")
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
 def resolve_vision_encoder(name: str) -> Path:
     """The folder or file of a picked vision encoder. Raises CheckpointError for a name that the listing doesn't have."""
     if not name.startswith(CLIP_VISION):

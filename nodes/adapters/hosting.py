@@ -1,6 +1,9 @@
 """transformers and diffusers modules under the host's memory management."""
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import comfy.ldm.models.autoencoder
 import comfy.model_management as model_management
@@ -53,20 +56,35 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if model_management.should_use_bf16(device) else torch.float32
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a network was loaded from, to tell whether a LoRA was trained on it."""
+
+    fingerprint: str
+    name: str  # of its folder
+
+
 class HostedBackbone:
     """The language side of a checkpoint on its socket: ModelPatchers that the host loads, streams and frees, and the tokenizer.
 
     Satisfies `LanguageModels`, so prompts and conversations run the same code as headless. Vision tower and output head are
-    read from the checkpoint when a node first needs them.
+    read from the checkpoint when a node first needs them; clones share them.
     """
 
-    def __init__(self, patcher: ModelPatcher, tokenizer: PromptTokenizer, load_vision: LoadPatcher, load_head: LoadPatcher) -> None:
+    def __init__(
+        self, patcher: ModelPatcher, tokenizer: PromptTokenizer, load_vision: LoadPatcher, load_head: LoadPatcher, origin: Origin
+    ) -> None:
         self.patcher = patcher
         self.tokenizer = tokenizer
-        self._load_vision, self._load_head = load_vision, load_head
-        self._vision_patcher: ModelPatcher | None = None
-        self._head_patcher: ModelPatcher | None = None
+        self.origin = origin
+        self._vision_patcher, self._head_patcher = cache(load_vision), cache(load_head)
         self._memory_required = 0
+
+    def with_patcher(self, patcher: ModelPatcher) -> "HostedBackbone":
+        """The same with a clone of the patcher, which may carry patches. Neither vision tower nor output head is loaded twice."""
+        clone = copy.copy(self)
+        clone.patcher = patcher
+        return clone
 
     @property
     def device(self) -> torch.device:
@@ -88,18 +106,16 @@ class HostedBackbone:
     @property
     def vision_tower(self) -> VisionTower:
         """Made resident beside the backbone whenever it is asked for, which is once per prompt or turn with images."""
-        if self._vision_patcher is None:
-            self._vision_patcher = self._load_vision()
-        self._make_resident(self._vision_patcher)
-        return self._vision_patcher.model
+        patcher = self._vision_patcher()
+        self._make_resident(patcher)
+        return patcher.model
 
     @property
     def output_head(self) -> nn.Module:
         """Made resident beside the backbone whenever it is asked for, which is once per answer."""
-        if self._head_patcher is None:
-            self._head_patcher = self._load_head()
-        self._make_resident(self._head_patcher)
-        return self._head_patcher.model
+        patcher = self._head_patcher()
+        self._make_resident(patcher)
+        return patcher.model
 
     def load(self, tokens: int) -> None:
         """Asks the host to load the backbone, with room for the activations and cache of `tokens`."""

@@ -18,7 +18,7 @@ from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.variants.blip3o import Blip3oCheckpoint
 from ...blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from ...blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
-from .hosting import HostedBackbone, HostedVisionEncoder, host_vae, use_host_layers
+from .hosting import HostedBackbone, HostedVisionEncoder, Origin, host_vae, use_host_layers
 from .model_configs import NextDiTModelConfig, SdxlDecoderModelConfig
 from .progress import LoadProgress
 
@@ -34,7 +34,7 @@ def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
         head = checkpoint.load_output_head(patcher.model, dtype=None, on_load=LoadProgress())
         return _text_side_patcher(nn.Sequential(head))  # the patcher counts layers by name, which a bare layer has none of
 
-    return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head)
+    return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head, _origin(checkpoint))
 
 
 def load_vision_encoder(source: EvaClipCheckpoint) -> HostedVisionEncoder:
@@ -49,6 +49,7 @@ def load_dit(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> Mod
     """The diffusion transformer as a native MODEL."""
     weights = _read(checkpoint.components["dit"])
     patcher = _load_diffusion_model(NextDiTModelConfig(checkpoint.dit_config), weights, disable_dynamic)
+    patcher.model.origin = _origin(checkpoint)
     patcher.cached_patcher_init = (_reload_dit, (checkpoint.folder,))
     return patcher
 
@@ -114,6 +115,10 @@ def _load_diffusion_model(config: BASE, weights: dict[str, torch.Tensor], disabl
         model.to(offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     return patcher
+
+
+def _origin(checkpoint: Blip3oCheckpoint) -> Origin:
+    return Origin(checkpoint.fingerprint, checkpoint.folder.name)
 
 
 def _patcher_class(disable_dynamic: bool) -> type[ModelPatcher]:

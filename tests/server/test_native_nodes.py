@@ -1,5 +1,7 @@
 """The diffusion model is a real MODEL: core's own nodes work on it, LoRA loading and training included."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,8 +113,8 @@ def test_a_lora_file_is_applied_by_core_without_unmatched_keys(server, plain, ti
     assert relative_error(z, headless) <= 1e-3  # measured 7.4e-7
 
 
-def test_core_trains_a_lora_on_it(server):
-    """TrainLoraNode and SaveLoRA of core, two steps: the file has keys of every block under core's names."""
+def train_with_core(server: ComfyServer) -> Path:
+    """Two steps of core's TrainLoraNode -> the file that SaveLoRA wrote."""
     graph = {key: value for key, value in graphs.embedding_only(3).items() if key != "save"}
     graph["train"] = node("TrainLoraNode", model=["1", 1], latents=[graphs.EMBEDDING, 0], positive=["2", 0], batch_size=1,
                           grad_accumulation_steps=1, steps=2, learning_rate=1e-3, rank=4, optimizer="AdamW", loss_function="MSE",
@@ -126,8 +128,12 @@ def test_core_trains_a_lora_on_it(server):
     graph["save"] = node("SaveLoRA", lora=["train", 0], prefix="loras/trained")
     result = server.run(graph)
     assert result.status == "success", result.error
-    file = max((server.base_directory / "output" / "loras").glob("trained*.safetensors"))
-    keys = load_file(file).keys()
+    return max((server.base_directory / "output" / "loras").glob("trained*.safetensors"))
+
+
+def test_core_trains_a_lora_on_it(server):
+    """TrainLoraNode and SaveLoRA of core: the file has keys of every block under core's names."""
+    keys = load_file(train_with_core(server)).keys()
     for index in range(3):
         assert any(f"diffusion_model.layers.{index}.attn2.to_k" in key for key in keys), sorted(keys)[:5]
 

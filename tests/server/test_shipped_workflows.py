@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from blip3o_core import Blip3oPipeline
 from blip3o_core.embeddings import interpolate
+from blip3o_core.lora.files import write_lora
 from blip3o_core.pipelines.chat import Chat
 from blip3o_core.presets import PRESETS
+from blip3o_core.variants.blip3o import Blip3oCheckpoint
 
+from ..unit.lora_samples import random_lora
 from . import graphs
 from .comfy_server import ComfyServer, PromptRejected, Result
 from .conftest import DATA
@@ -27,7 +30,7 @@ ASK_PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 1280 * 28 * 28}  # what A
 
 @pytest.fixture(scope="module")
 def server(server: ComfyServer) -> ComfyServer:
-    """With pictures to load: example.png is the one of the reference data, second.png its mirror image."""
+    """With pictures to load: example.png is the one of the reference data, second.png its mirror image. And with a LoRA."""
     folder = server.base_directory / "input"
     folder.mkdir(exist_ok=True)
     shutil.copy(DATA / "image.png", folder / "example.png")
@@ -36,6 +39,9 @@ def server(server: ComfyServer) -> ComfyServer:
         transparent = image.convert("RGBA")
         transparent.putalpha(128)
         transparent.save(folder / "transparent.png")
+    loras = server.base_directory / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    write_lora(loras / "blip3o_lora.safetensors", random_lora(Blip3oCheckpoint.open(DATA / "checkpoint")))
     return server
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts"},
     "lora": {"models", "checkpoint", "variants"},
+    "shapes": set(),
     "data": {"prompts", "images", "models"},
     "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
     "train": {"data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},

@@ -1,0 +1,159 @@
+"""Training data from the world, in the formats that the trainer reads: tars for pictures, JSON lines for text.
+
+Sample i of a task depends on the seed, the task and i only. A shard is written whole or not at all; an interrupted run goes on where
+it was.
+"""
+
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError, InputError
+from ..files import require_writable, whole_file, write_text
+from . import edits, prompts, questions, texts
+from .facts import random_scene
+from .holdout import is_held_out
+from .language import caption, detailed_caption
+from .world import Scene, pick, render
+
+log = logging.getLogger(__name__)
+
+SHARD_SAMPLES = 1000
+DESCRIPTION = "shapes.json"
+"""What the data was made with; another seed or number in the same folder is refused."""
+VERSION = 1  # of what the generator makes from a seed; raise it whenever a sample changes
+
+Members = dict[str, bytes]  # suffix -> content
+TEXT_TASK = "text"
+
+
+def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str, Path]:
+    """Writes `counts[task]` samples of each task, without held-out combinations.
+
+    Returns for each task what [[data]] names as path: a folder of tars, or for the task text a .jsonl.
+    Raises: InputError for an unknown task, DataError if the folder holds other data, OutputError if it can't be written.
+    """
+    for task, count in counts.items():
+        if task not in (*_MAKERS, TEXT_TASK) or count < 1:
+            raise InputError(f"{task} = {count}: give at least one sample, of the tasks {', '.join((*_MAKERS, TEXT_TASK))}.")
+    require_writable([folder], folder)
+    _claim(folder, {"version": VERSION, "seed": seed, "shard_samples": SHARD_SAMPLES, "counts": dict(sorted(counts.items()))})
+    paths = {}
+    for task, count in counts.items():
+        if task == TEXT_TASK:
+            paths[task] = folder / "text.jsonl"
+            if not paths[task].exists():
+                lines = (json.dumps(_text_record(_generator(seed, task, index))) for index in range(count))
+                write_text(paths[task], "\n".join(lines) + "\n")
+        else:
+            paths[task] = folder / task
+            _write_shards(paths[task], task, seed, count)
+    return paths
+
+
+def samples(task: str, seed: int, start: int, end: int) -> Iterator[Members]:
+    """Members of a range of samples of one task with pictures."""
+    for index in range(start, end):
+        yield _MAKERS[task](_generator(seed, task, index))
+
+
+def _generator(seed: int, task: str, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, index, *task.encode()]))
+
+
+def _claim(folder: Path, description: dict[str, Any]) -> None:
+    file = folder / DESCRIPTION
+    text = json.dumps(description, indent=1) + "\n"
+    try:
+        found = file.read_text("utf-8")
+    except FileNotFoundError:
+        write_text(file, text)
+        return
+    if found != text:
+        raise DataError(f"{file}: the folder holds other data ({' '.join(found.split())}), not {' '.join(text.split())}. "
+                        "Give an empty folder, or delete this one.")
+
+
+def _write_shards(folder: Path, task: str, seed: int, count: int) -> None:
+    require_writable([folder], folder)
+    starts = range(0, count, SHARD_SAMPLES)
+    missing = [start for start in starts if not _shard(folder, start).exists()]
+    log.info("%s: %d samples, %d of %d shards are there", folder, count, len(starts) - len(missing), len(starts))
+    for start in missing:
+        with whole_file(_shard(folder, start)) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for offset, members in enumerate(samples(task, seed, start, min(start + SHARD_SAMPLES, count))):
+                for suffix, content in members.items():
+                    info = tarfile.TarInfo(f"{start + offset:08d}.{suffix}")  # no time, no owner: the same bytes each time
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"{start // SHARD_SAMPLES:05d}.tar"
+
+
+def png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
+    """For text-to-image and contrast: half prompts of the six categories, half captions of any scene."""
+    if rng.random() < 0.5:
+        prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng)
+        return prompts.scene_for(prompt, rng), prompt.text
+    scene = random_scene(rng, refuse=is_held_out)
+    return scene, detailed_caption(scene, rng) if rng.random() < 0.4 else caption(scene, rng)
+
+
+def _captioned(rng: np.random.Generator) -> Members:
+    scene, text = described_scene(rng)
+    return {"png": png(render(scene)), "txt": text.encode()}
+
+
+def _picture(rng: np.random.Generator) -> Members:
+    return {"png": png(render(random_scene(rng, refuse=is_held_out)))}
+
+
+def _edit(rng: np.random.Generator) -> Members:
+    edit = edits.make_edit(pick(rng, edits.KINDS), rng)
+    return {
+        "json": json.dumps({"instruction": edit.instruction}).encode(), "source.png": png(render(edit.source)),
+        "target.png": png(render(edit.target)),
+    }  # fmt: skip
+
+
+def _understand(rng: np.random.Generator) -> Members:
+    """One to three questions about a picture, or the wish to have it described."""
+    scene = random_scene(rng, refuse=is_held_out)
+    if rng.random() < 0.2:
+        text, make = pick(rng, (("Describe the picture.", caption), ("Describe the picture in detail.", detailed_caption)))
+        turns = [(text, make(scene, rng))]
+    else:
+        asked = questions.questions(scene, rng)
+        chosen = rng.permutation(len(asked))[: int(rng.integers(1, 4))].tolist()
+        turns = [(asked[index].text, asked[index].answer) for index in chosen]
+    conversation = []
+    for number, (text, answer) in enumerate(turns):
+        conversation.append({"from": "human", "value": text if number else f"<image>\n{text}"})
+        conversation.append({"from": "gpt", "value": answer})
+    return {"json": json.dumps({"conversations": conversation}).encode(), "png": png(render(scene))}
+
+
+def _text_record(rng: np.random.Generator) -> dict[str, str]:
+    task = texts.make_text(pick(rng, texts.KINDS), rng)
+    return {"prompt": task.question, "response": task.answer}
+
+
+_MAKERS: dict[str, Callable[[np.random.Generator], Members]] = {
+    "text_to_image": _captioned, "contrast": _captioned, "edit": _edit, "understand": _understand, "reconstruct": _picture,
+    "decode": _picture, "autoencode": _picture,
+}  # fmt: skip

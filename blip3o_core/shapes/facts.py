@@ -1,0 +1,134 @@
+"""What a text says about a picture, in a form that can be drawn from and judged by; never parsed from the text."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from .world import (
+    BACKGROUNDS,
+    CLEARLY,
+    COLOURS,
+    MAX_OBJECTS,
+    ROUGHLY,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    backgrounds_for,
+    closeness,
+    contrasts,
+    fits,
+    is_in_place,
+    pick,
+    random_centre,
+)
+
+Refuse = Callable[[Scene], bool]
+"""Whether a scene is unwanted, for what it holds or for how that lies; objects at one and the same point lie in no relation."""
+
+_TRIES = 4000
+_TRIES_PER_OBJECT = 12
+_TRIES_PER_SCENE = 500
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One object; what is None was not said."""
+
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All objects of the picture, no more and no fewer."""
+
+    objects: tuple[Wanted, ...]
+    relations: tuple[tuple[int, str, int], ...] = ()  # object, relation of RELATIONS, other object
+    background: str | None = None
+
+
+def wanted(thing: Object, *said: str, place: str | None = None) -> Wanted:
+    """The shape and those of "colour", "size" that are said."""
+    return Wanted(thing.shape, thing.colour if "colour" in said else None, thing.size if "size" in said else None, place)
+
+
+def realise(facts: Facts, rng: np.random.Generator, refuse: Refuse = lambda scene: False) -> Scene:
+    """A random scene of which all the facts are clearly true. Raises InputError if there is none, or `refuse` takes none."""
+    for _ in range(_TRIES):
+        scene = _attempt(facts, rng, refuse)
+        if scene is not None:
+            return scene
+    raise InputError(f"{facts}: no picture can show that. Take colours that differ from the background, and fewer or smaller objects.")
+
+
+def _attempt(facts: Facts, rng: np.random.Generator, refuse: Refuse) -> Scene | None:
+    """Asks `refuse` first with all objects in the middle: most scenes are refused for what they hold, and placing takes long."""
+    said = [thing.colour for thing in facts.objects if thing.colour]
+    backgrounds = [name for name in backgrounds_for(said) if facts.background in (None, name)]
+    if not backgrounds:
+        return None
+    background = pick(rng, backgrounds)
+    colours = [name for name in COLOURS if contrasts(name, background)]
+    contents = [Object(thing.shape, thing.colour or pick(rng, colours), thing.size or pick(rng, tuple(SIZES)), (0.5, 0.5))
+                for thing in facts.objects]  # fmt: skip
+    if refuse(Scene(tuple(contents), background)):
+        return None
+    objects: list[Object] = []
+    for thing, new in zip(facts.objects, contents, strict=True):
+        for _ in range(_TRIES_PER_OBJECT):
+            new = Object(new.shape, new.colour, new.size, random_centre(rng, new.size, thing.place))
+            if fits(new, objects):
+                break
+        else:
+            return None
+        objects.append(new)
+    true = all(closeness(objects[first], relation, objects[second]) >= CLEARLY for first, relation, second in facts.relations)
+    scene = Scene(tuple(objects), background)
+    return None if not true or refuse(scene) else scene
+
+
+def random_scene(rng: np.random.Generator, *, objects: int | None = None, refuse: Refuse = lambda scene: False) -> Scene:
+    """Any scene that is not refused; `objects` is their number, drawn from 1 to 4 if it is None.
+
+    Number, background and one of the shapes are drawn before anything can be refused, so that all of them stay equally frequent.
+    """
+    count = objects or int(rng.integers(1, MAX_OBJECTS + 1))
+    while True:
+        background, shape, place = pick(rng, tuple(BACKGROUNDS)), pick(rng, SHAPES), int(rng.integers(count))
+        for _ in range(_TRIES_PER_SCENE):
+            shapes = [shape if index == place else pick(rng, SHAPES) for index in range(count)]
+            scene = _attempt(Facts(tuple(map(Wanted, shapes)), background=background), rng, refuse)
+            if scene is not None:
+                return scene
+
+
+def fault(facts: Facts, scene: Scene) -> str:
+    """Why the scene is not what the facts say, or an empty string. Positions may be off a little (world.is_in_place, ROUGHLY)."""
+    if facts.background and facts.background != scene.background:
+        return f"the background is {scene.background}, not {facts.background}"
+    if len(scene.objects) != len(facts.objects):
+        return f"{len(scene.objects)} objects, not {len(facts.objects)}"
+    faults = (_faults_of(facts, order) for order in itertools.permutations(scene.objects))
+    return min(faults, key=lambda found: (found.count(";") + bool(found), found), default="")
+
+
+def _faults_of(facts: Facts, objects: tuple[Object, ...]) -> str:
+    found = []
+    for thing, actual in zip(facts.objects, objects, strict=True):
+        for name in ("shape", "colour", "size"):
+            asked, drawn = getattr(thing, name), getattr(actual, name)
+            if asked not in (None, drawn):
+                found.append(f"the {thing.shape} has the {name} {drawn}, not {asked}")
+        if thing.place and not is_in_place(actual, thing.place):
+            found.append(f"the {thing.shape} is not in the place {thing.place}")
+    for first, relation, second in facts.relations:
+        if closeness(objects[first], relation, objects[second]) < ROUGHLY:
+            found.append(f"the {facts.objects[first].shape} is not {relation} the {facts.objects[second].shape}")
+    return "; ".join(found)
+

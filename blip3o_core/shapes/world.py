@@ -1,0 +1,176 @@
+"""Scenes of one to four objects on a plain background, and their pictures.
+
+Lengths are fractions of the picture's side, from its upper left corner; x points right, y down.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+T = TypeVar("T")
+RGB = tuple[int, int, int]
+Point = tuple[float, float]
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS: dict[str, RGB] = {
+    "red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 80, 220), "yellow": (240, 200, 40), "purple": (150, 60, 190),
+    "orange": (245, 130, 30), "white": (245, 245, 245), "black": (25, 25, 25),
+}  # fmt: skip
+BACKGROUNDS: dict[str, RGB] = {"white": COLOURS["white"], "black": COLOURS["black"], "grey": (128, 128, 128), "sky": (150, 200, 240)}
+SIZES = {"small": 0.1, "large": 0.165}
+"""Half the width of an object."""
+
+MAX_OBJECTS = 4
+MARGIN = 0.03  # between an object and the border
+GAP = 0.055  # between two objects: 7 pixels of 128, which a blur of a few pixels does not close
+MIN_CONTRAST = 110  # Euclidean in RGB; leaves out white on white and sky, black on black, purple on grey
+RING_HOLE = 0.52  # inner radius of a ring
+SUPERSAMPLING = 4
+
+# Bands of a coordinate. Texts are made of clear cases only; a drawn object that lies a little beside them is still accepted.
+_CLEAR = {"low": (0.0, 0.31), "middle": (0.41, 0.59), "high": (0.69, 1.0)}
+_TOLERANCE = 0.09
+PLACES: dict[str, tuple[str, str]] = {
+    "top left": ("low", "low"), "top": ("middle", "low"), "top right": ("high", "low"),
+    "left": ("low", "middle"), "centre": ("middle", "middle"), "right": ("high", "middle"),
+    "bottom left": ("low", "high"), "bottom": ("middle", "high"), "bottom right": ("high", "high"),
+}  # fmt: skip
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+
+RELATIONS: dict[str, Point] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Direction from the second object to the first."""
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+CLEARLY = 0.85  # cosine between the direction of a relation and where the object lies: within 32 degrees
+ROUGHLY = 0.5  # within 60 degrees, so that a diagonal is both, as in GenEval
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape; its centre is the middle of the box around it."""
+
+    shape: str
+    colour: str
+    size: str
+    centre: Point
+
+    @property
+    def radius(self) -> float:
+        return SIZES[self.size]
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[Object, ...]
+    background: str
+
+
+def contrasts(colour: str, background: str) -> bool:
+    return math.dist(COLOURS[colour], BACKGROUNDS[background]) >= MIN_CONTRAST
+
+
+def backgrounds_for(colours: Sequence[str]) -> list[str]:
+    """Those on which all the colours can be told apart; there may be none."""
+    return [name for name in BACKGROUNDS if all(contrasts(colour, name) for colour in colours)]
+
+
+def fits(new: Object, others: Sequence[Object]) -> bool:
+    """Whether it lies inside the picture and keeps its distance from the others: their boxes never touch."""
+    reach = new.radius + MARGIN - 1e-9
+    if not all(reach <= value <= 1 - reach for value in new.centre):
+        return False
+    return all(
+        max(abs(new.centre[0] - other.centre[0]), abs(new.centre[1] - other.centre[1])) >= new.radius + other.radius + GAP
+        for other in others
+    )
+
+
+def is_possible(scene: Scene) -> bool:
+    """Whether the generator could have made it: contrast, distances, one to four objects."""
+    return (
+        0 < len(scene.objects) <= MAX_OBJECTS
+        and all(contrasts(thing.colour, scene.background) for thing in scene.objects)
+        and all(fits(thing, scene.objects[:index]) for index, thing in enumerate(scene.objects))
+    )
+
+
+def place_of(thing: Object) -> str | None:
+    """The place of PLACES that it clearly is in."""
+    return next((name for name in PLACES if _within(thing, name, 0)), None)
+
+
+def is_in_place(thing: Object, place: str) -> bool:
+    """Whether it may be said to be there."""
+    return _within(thing, place, _TOLERANCE)
+
+
+def _within(thing: Object, place: str, tolerance: float) -> bool:
+    bands = [_CLEAR[band] for band in PLACES[place]]
+    return all(low - tolerance <= value <= high + tolerance for value, (low, high) in zip(thing.centre, bands, strict=True))
+
+
+def closeness(first: Object, relation: str, second: Object) -> float:
+    """Cosine in -1..1 between the relation's direction and where the first lies seen from the second; compare with CLEARLY, ROUGHLY."""
+    dx, dy = first.centre[0] - second.centre[0], first.centre[1] - second.centre[1]
+    x, y = RELATIONS[relation]
+    return (dx * x + dy * y) / (math.hypot(dx, dy) or 1)
+
+
+def clear_relation(first: Object, second: Object) -> str | None:
+    return next((name for name in RELATIONS if closeness(first, name, second) >= CLEARLY), None)
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def random_centre(rng: np.random.Generator, size: str, place: str | None = None) -> Point:
+    """Anywhere inside the margins, or clearly in a place."""
+    reach = SIZES[size] + MARGIN
+    bands = [(0.0, 1.0)] * 2 if place is None else [_CLEAR[band] for band in PLACES[place]]
+    x, y = (float(rng.uniform(max(low, reach), min(high, 1 - reach))) for low, high in bands)
+    return x, y
+
+
+def render(scene: Scene, side: int = 128) -> Image.Image:
+    """The picture, RGB, side x side, antialiased. The same scene always gives the same pixels."""
+    large = side * SUPERSAMPLING
+    picture = Image.new("RGB", (large, large), BACKGROUNDS[scene.background])
+    draw = ImageDraw.Draw(picture)
+    for thing in scene.objects:
+        fill = COLOURS[thing.colour]
+        for polygon, is_hole in outline(thing.shape):
+            points = [tuple((centre + value * thing.radius) * large - 0.5 for centre, value in zip(thing.centre, point, strict=True))
+                      for point in polygon]  # fmt: skip
+            draw.polygon(points, fill=BACKGROUNDS[scene.background] if is_hole else fill)
+    return picture.reduce(SUPERSAMPLING)
+
+
+def outline(shape: str) -> list[tuple[list[Point], bool]]:
+    """Polygons within -1..1, and whether each is a hole in those before. The box around them is centred and 2 wide (square: 1.8)."""
+    if shape == "circle":
+        return [(_round(1), False)]
+    if shape == "ring":
+        return [(_round(1), False), (_round(RING_HOLE), True)]
+    if shape == "square":
+        return [([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)], False)]
+    if shape == "triangle":
+        half = math.sqrt(3) / 2
+        return [([(0, -half), (1, half), (-1, half)], False)]
+    if shape == "cross":
+        arm = 0.36
+        right = [(arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1)]
+        return [([*right, *((-x, -y) for x, y in right)], False)]
+    assert shape == "star", shape
+    angles = [math.pi * step / 5 for step in range(10)]
+    points = [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in zip(angles, (1, 0.42) * 5, strict=True)]
+    width = max(x for x, _ in points)
+    middle = (min(y for _, y in points) + max(y for _, y in points)) / 2
+    return [([(x / width, (y - middle) / width) for x, y in points], False)]
+
+
+def _round(radius: float) -> list[Point]:
+    return [(radius * math.cos(step * math.pi / 60), radius * math.sin(step * math.pi / 60)) for step in range(120)]

@@ -1,0 +1,311 @@
+"""The objectives against other implementations of them: diffusers' schedulers, transformers' own loss, the reference's ids."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip3o_core.data.prepare import Augmentation, Preparer
+from blip3o_core.data.sample import Sample
+from blip3o_core.images import qwen_pixel_values
+from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
+from blip3o_core.train.config import ObjectiveOptions
+from blip3o_core.train.contrastive import contrastive_objective
+from blip3o_core.train.denoising import denoising_timesteps, signal_rates
+from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
+from blip3o_core.train.noise import Draw, flow_draws
+from blip3o_core.train.validation import validation_losses
+from blip3o_core.variants.blip3o import Blip3oCheckpoint
+
+from .training_samples import DATA, Prepared, prepare, training_config, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Blip3oCheckpoint.open(DATA / "checkpoint").tokenizer
+
+
+def full(data: Path, output: Path, part: str, task: str, *overrides: str) -> Prepared:
+    return prepare(training_config(data, output, [task], "train.method=full", f'train.parts=["{part}"]', *overrides))
+
+
+def draws(count: int, **settings) -> list[Draw]:
+    return [Draw((7, index), **settings) for index in range(count)]
+
+
+# noise levels
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.8, 0.5)])
+def test_logit_normal_levels(mean, std):
+    u = flow_draws(draws(4000), (1,), timesteps="logit_normal", logit_mean=mean, logit_std=std).u.double()
+    logits = torch.log(u / (1 - u))
+    assert logits.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(4000))
+    assert logits.std().item() == pytest.approx(std, rel=4 / math.sqrt(8000))
+
+
+def test_uniform_levels():
+    u = flow_draws(draws(4000), (1,), timesteps="uniform").u
+    assert 0 <= u.min() < 0.01 and 0.99 < u.max() < 1
+    assert u.mean().item() == pytest.approx(0.5, abs=4 * 0.2887 / math.sqrt(4000))
+    assert u.std().item() == pytest.approx(1 / math.sqrt(12), abs=0.01)
+
+
+def test_a_level_never_rounds_to_one():
+    """At u = 1 the schedule of the decoder has no timestep, and flow matching no noise."""
+    u = flow_draws(draws(50), (1,), timesteps="logit_normal", logit_mean=40.0, logit_std=0.1).u
+    assert u.max() < 1 and flow_levels(u).min() == pytest.approx(1e-3) and denoising_timesteps(u).min() == 0
+
+
+def test_shift_of_the_levels():
+    """As SD3 and diffusers' FlowMatchEulerDiscreteScheduler shift them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    u = torch.arange(1000) / 1000 + 1e-5
+    wanted = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).sigmas
+    assert torch.allclose(flow_levels(u, shift=3.0), wanted, atol=1e-6)
+
+
+def test_condition_dropout_is_a_rate_per_sample_and_off_in_validation():
+    kept = flow_draws(draws(4000), (1,), timesteps="uniform", condition_dropout=0.1).kept
+    assert set(kept.tolist()) == {0.0, 1.0}
+    assert 1 - kept.mean().item() == pytest.approx(0.1, abs=4 * 0.3 / math.sqrt(4000))
+    assert flow_draws(draws(50, training=False), (1,), timesteps="uniform", condition_dropout=1.0).kept.all()
+
+
+def test_large_u_is_little_noise_in_both_objectives():
+    u = torch.tensor([0.0, 0.5, 0.9999])
+    assert (flow_levels(u).diff() < 0).all() and (denoising_timesteps(u).diff() < 0).all()
+    assert denoising_timesteps(u).tolist() == [999, 499, 0]
+
+
+# the decoder's denoising
+
+
+def test_the_denoising_schedule_is_that_of_diffusers():
+    from diffusers import DDPMScheduler
+
+    assert torch.equal(signal_rates(torch.device("cpu")), scheduler(DDPMScheduler).alphas_cumprod)
+
+
+def scheduler(cls):
+    """Of the decoder's own scheduler_config.json."""
+    import json
+
+    fields = json.loads((DATA / "checkpoint/diffusion-decoder/scheduler/scheduler_config.json").read_text())
+    return cls.from_config({key: value for key, value in fields.items() if not key.startswith("_") and key != "timestep_type"})
+
+
+def test_the_denoising_loss_is_the_one_built_by_hand(data, tmp_path, relative_error):
+    from diffusers import DDPMScheduler
+
+    prepared = full(data, tmp_path / "out", "decoder", "decode", "objective.condition_dropout=0.5")
+    model, frozen, examples = prepared.model, prepared.frozen, prepared.examples * 3
+    own = draws(len(examples))
+    losses = model(examples, own)
+
+    drawn = flow_draws(own, (4, 16, 16), timesteps="uniform", condition_dropout=0.5)
+    assert 0 < drawn.kept.sum() < len(own)  # both branches
+    wanted = []
+    for index, example in enumerate(examples):
+        latents = frozen.vae.encode(example.picture[None]).latent_dist.mode() * frozen.vae.config.scaling_factor
+        pixels = example.target_pixels if drawn.kept[index] else torch.zeros_like(example.target_pixels)
+        context = frozen.vision_encoder(pixels[None]).flatten(2).transpose(1, 2)
+        timestep = denoising_timesteps(drawn.u[index : index + 1])
+        noisy = scheduler(DDPMScheduler).add_noise(latents, drawn.noise[index : index + 1], timestep)
+        time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 32.0, 32.0]])
+        predicted = model.unet(noisy, timestep, encoder_hidden_states=context,
+                               added_cond_kwargs={"text_embeds": context.mean(dim=1), "time_ids": time_ids}).sample  # fmt: skip
+        wanted.append(F.mse_loss(predicted, drawn.noise[index : index + 1]))
+    assert relative_error(losses, torch.stack(wanted)) <= 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 3, 7])
+def test_one_euler_step_with_the_true_noise_recovers_the_latent(index):
+    """What training calls noise is what the sampler of the decoder takes away."""
+    from diffusers import EulerDiscreteScheduler
+
+    generator = torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    sampler = scheduler(EulerDiscreteScheduler)
+    sampler.set_timesteps(8)
+    timestep = sampler.timesteps[index]
+    rate = signal_rates(torch.device("cpu"))[timestep.long()]
+    trained_on = rate.sqrt() * latent + (1 - rate).sqrt() * noise
+    sample = trained_on / rate.sqrt()  # the sampler's scale: latent + sigma * noise
+    assert torch.allclose(sampler.scale_model_input(sample, timestep), trained_on, atol=1e-5)
+    step = sampler.step(noise, timestep, sample)
+    assert torch.allclose(step.pred_original_sample, latent, atol=2e-5)
+    if index == 7:
+        assert torch.allclose(step.prev_sample, latent, atol=2e-5)
+
+
+# flow matching
+
+
+def test_a_loss_depends_on_its_sample_alone(data, tmp_path, relative_error):
+    prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image", "edit", "understand", "text"],
+                                       'lora.parts=["dit","language_model"]'))  # fmt: skip
+    together = prepared.losses()
+    alone = torch.cat([prepared.model([example], [draw]) for example, draw in zip(prepared.examples, prepared.draws, strict=True)])
+    backwards = prepared.model(prepared.examples[::-1], prepared.draws[::-1]).flip(0)
+    assert relative_error(together, alone) <= 1e-5 and relative_error(backwards, alone) <= 1e-5
+
+
+def test_flow_matching_of_a_perfect_and_of_a_blind_network():
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    u = torch.tensor([0.1, 0.5, 0.9])
+    assert flow_matching(lambda x, t: noise - data, data, noise, u).abs().max() == 0
+    assert torch.allclose(flow_matching(lambda x, t: torch.zeros_like(x), data, noise, u), (noise - data).square().mean(dim=(1, 2, 3)))
+
+
+def test_dropped_conditions_are_zero_states(data, tmp_path):
+    prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image"], "objective.condition_dropout=1"), per_task=1)
+    seen = []
+    handle = prepared.model.dit.caption_projection.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    prepared.losses()
+    handle.remove()
+    assert seen[0].abs().max() == 0
+
+
+# cross-entropy
+
+
+def test_answers_cost_what_transformers_says(data, tmp_path, relative_error):
+    """Qwen2_5_VLForConditionalGeneration with labels on the learned tokens: one conversation with two pictures and two answers."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    prepared = full(data, tmp_path / "out", "backbone", "understand")
+    source = prepared.opened.sources.checkpoint
+    turns = (("system", "Be short."), ("user", "Which colours?"), ("assistant", "red and blue"), ("user", "Sure?"), ("assistant", "yes"))
+    pictures = tuple(data / "pictures" / f"{number}.png" for number in (0, 2))
+    example = prepared.opened.sets.preparers[0](Sample("talk", "understand", turns=turns, images=pictures), 0)
+    ours = prepared.model([example], draws(1))
+
+    vision = dict(source.config["vision_config"])
+    vision = {key: value for key, value in vision.items() if key not in ("model_type", "in_chans", "spatial_patch_size")}
+    special = {key: source.config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    config = Qwen2_5_VLConfig(text_config=source.text_config.to_dict(), vision_config=vision, tie_word_embeddings=False, **special)
+    config._attn_implementation = "eager"
+    network = Qwen2_5_VLForConditionalGeneration(config).eval()
+    network.model.language_model.load_state_dict(prepared.model.backbone.language_model.state_dict())
+    network.model.visual.load_state_dict(prepared.frozen.vision_tower.network.state_dict())
+    network.lm_head.load_state_dict(prepared.model.output_head.state_dict())
+    ids = torch.tensor([example.ids])
+    labels = torch.where(torch.tensor([example.learned]), ids, -100)
+    extra = {"mm_token_type_ids": (ids == source.tokenizer.image_pad_id).int()}
+    theirs = network(input_ids=ids, labels=labels, pixel_values=example.pixel_values, image_grid_thw=example.grid_thw, **extra).loss
+    assert relative_error(ours[0], theirs) <= 1e-5
+
+
+def test_learned_tokens_are_the_answers_and_their_ends(tokenizer):
+    turns = (("user", "What is this?"), ("assistant", "a red square"), ("user", "Sure?"), ("assistant", "yes"))
+    ids, learned = tokenizer.conversation_ids(turns, [4, 6])
+    text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 4
+            + "<|vision_end|><|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>What is this?<|im_end|>\n<|im_start|>assistant\n"
+            "a red square<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n")  # fmt: skip
+    assert ids == tokenizer.trusted_ids(text)
+    end = tokenizer.special_id("<|im_end|>")
+    answers = [*tokenizer.trusted_ids("a red square"), end, *tokenizer.trusted_ids("yes"), end]
+    assert [token for token, is_learned in zip(ids, learned, strict=True) if is_learned] == answers
+
+
+def test_a_system_turn_replaces_the_usual_one(tokenizer):
+    ids, _ = tokenizer.conversation_ids((("system", "Be rude."), ("user", "Hi"), ("assistant", "no")))
+    text = "<|im_start|>system\nBe rude.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+    assert ids == tokenizer.trusted_ids(text)
+
+
+def test_cross_entropy_is_a_mean_per_conversation():
+    logits, ids = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3, 4, 5])
+    losses = answer_cross_entropy(logits, ids, [2, 3])
+    assert torch.allclose(losses, torch.stack([F.cross_entropy(logits[:2], ids[:2]), F.cross_entropy(logits[2:], ids[2:])]))
+
+
+# prompts
+
+
+@pytest.mark.parametrize("caption", ["a cat", "a cat. " * 200, ""])
+def test_the_reference_form_gives_the_reference_ids(caption, tokenizer):
+    """SPEC 3.5 and 10.4: the closed turn, cut after 447 ids, then [IMG]."""
+    text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPlease generate image based on the following "
+            f"caption: {caption}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n")  # fmt: skip
+    whole = tokenizer.trusted_ids(text)
+    assert (len(whole) > TRAINED_PROMPT_TOKENS) == (len(caption) > 100) and TRAINED_PROMPT_TOKENS == 512 - 65
+    assert tokenizer.training_ids(caption, closed=True) == [*whole[:447], tokenizer.image_start_id]
+
+
+def test_the_inference_form_is_that_of_drawing(tokenizer):
+    assert tokenizer.training_ids("a cat") == tokenizer.generation_ids("a cat")
+    assert tokenizer.training_ids("make it red", image_tokens=[256]) == tokenizer.generation_ids("make it red", image_tokens=[256])
+
+
+def test_pictures_of_a_prompt_are_never_cut(tokenizer):
+    """447 ids are room for one picture, as in the reference; each further one brings its own."""
+    one, two = (tokenizer.training_ids("words " * 500, image_tokens=[256] * count) for count in (1, 2))
+    assert len(one) == 448 and one.count(tokenizer.image_pad_id) == 256
+    assert len(two) == 448 + 258 and two.count(tokenizer.image_pad_id) == 512
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "edit"])
+def test_a_dropped_caption_is_empty(task, tokenizer, data):
+    picture = data / "pictures/0.png"
+    preparer = Preparer(tokenizer, Augmentation(trigger="xyz", caption_dropout=1.0), seed=0, eva_size=448)
+    sample = Sample("a", task, text="a cat", images=(picture,) if task == "edit" else (), target=picture)
+    counts = [256] if task == "edit" else []
+    assert preparer(sample, 0).ids == tokenizer.training_ids("", image_tokens=counts)
+    kept = Preparer(tokenizer, Augmentation(trigger="xyz"), seed=0, eva_size=448)(sample, 0)
+    assert kept.ids == tokenizer.training_ids("xyz, a cat", image_tokens=counts)
+
+
+def test_the_form_of_the_prompt_reaches_the_data(data, tmp_path, tokenizer):
+    for form, closed in (("inference", False), ("reference", True)):
+        prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image"], f"train.prompt_form={form}"), per_task=1)
+        assert prepared.examples[0].ids == tokenizer.training_ids("a red square", closed=closed)
+
+
+# contrast
+
+
+def test_the_contrastive_loss_is_clips(data, tmp_path, relative_error):
+    """arXiv:2103.00020, fig. 3: pictures and texts of different samples, both ways."""
+    prepared = full(data, tmp_path / "out", "clip", "contrast")
+    model, examples = prepared.model, prepared.examples
+    pixels = torch.stack([example.target_pixels for example in examples])
+    images = model.text_tower.project_images(model.vision_encoder(pixels))
+    logits = model.text_tower.scale * model.text_tower([example.ids for example in examples]) @ images.T
+    right = torch.arange(len(examples))
+    wanted = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    assert relative_error(prepared.losses().mean(), wanted) <= 1e-5
+    assert torch.allclose(images.norm(dim=-1), torch.ones(len(examples)))
+
+
+def test_equal_captions_are_equally_right(data, tmp_path):
+    prepared = full(data, tmp_path / "out", "clip", "contrast")
+    twice = [prepared.examples[0]] * 2
+    losses = contrastive_objective(ObjectiveOptions())(prepared.model, twice, draws(2))
+    assert torch.allclose(losses, torch.full((2,), math.log(2)))  # they can't be told apart, and need not be
+
+
+def test_validation_of_a_contrast_compares_different_pictures(data, tmp_path):
+    prepared = full(data, tmp_path / "out", "clip", "contrast")
+    batches = []
+    prepared.model.objectives["contrast"] = lambda model, examples, _: batches.append(examples) or torch.ones(len(examples))
+    assert validation_losses(prepared.model, prepared.examples, timesteps=4, batch_size=4, seed=0) == {"contrast": (2.0, 2)}
+    assert [[example.name for example in batch] for batch in batches] == [[example.name for example in prepared.examples]]
+
+
+def test_pictures_of_conversations_are_as_in_chats(data, tmp_path):
+    from PIL import Image
+
+    prepared = full(data, tmp_path / "out", "vision", "understand")
+    pixels, grid = qwen_pixel_values([Image.open(data / "pictures/0.png")], min_pixels=784, max_pixels=3136)
+    assert torch.equal(prepared.examples[0].pixel_values, pixels) and torch.equal(prepared.examples[0].grid_thw, grid)

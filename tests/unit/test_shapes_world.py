@@ -1,0 +1,127 @@
+"""Scenes keep their distances and contrast, and the same seed draws the same pixels."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from blip3o_core.errors import InputError
+from blip3o_core.shapes.facts import Facts, Wanted, fault, random_scene, realise
+from blip3o_core.shapes.holdout import SHAPE_COLOURS, is_held_out
+from blip3o_core.shapes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    Object,
+    Scene,
+    backgrounds_for,
+    clear_relation,
+    contrasts,
+    is_in_place,
+    is_possible,
+    place_of,
+    render,
+)
+
+
+def test_the_same_seed_gives_the_same_pixels_and_another_seed_others():
+    def drawn(seed):
+        rng = np.random.default_rng(seed)
+        return b"".join(render(random_scene(rng)).tobytes() for _ in range(5))
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+
+
+def test_objects_never_overlap_leave_the_picture_or_vanish_in_the_background():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = random_scene(rng)
+        assert is_possible(scene)
+        lone = [np.asarray(render(Scene((thing,), scene.background), 64)) != BACKGROUNDS[scene.background] for thing in scene.objects]
+        covered = sum(mask.any(axis=2).astype(int) for mask in lone)
+        assert covered.max() == 1
+        assert all(mask.any() for mask in lone)
+        assert not covered[0].any() and not covered[-1].any() and not covered[:, 0].any() and not covered[:, -1].any()
+
+
+@pytest.mark.parametrize("colour, background, visible", [
+    ("white", "white", False), ("white", "sky", False), ("black", "black", False), ("purple", "grey", False),
+    ("blue", "sky", True), ("green", "grey", True), ("yellow", "white", True), ("blue", "black", True),
+])  # fmt: skip
+def test_contrast_decides_which_colours_go_on_a_background(colour, background, visible):
+    assert contrasts(colour, background) is visible
+    assert (background in backgrounds_for([colour])) is visible
+
+
+def test_every_colour_has_two_backgrounds_and_every_background_six_colours():
+    assert all(len(backgrounds_for([colour])) >= 2 for colour in COLOURS)
+    assert all(sum(contrasts(colour, background) for colour in COLOURS) >= 6 for background in BACKGROUNDS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_fills_its_box_and_lies_in_its_middle(shape):
+    pixels = np.asarray(render(Scene((Object(shape, "white", "large", (0.5, 0.5)),), "black"), 400))[:, :, 0]
+    rows, columns = np.flatnonzero((pixels > 128).any(axis=1)), np.flatnonzero((pixels > 128).any(axis=0))
+    width = 400 * 2 * 0.165
+    assert max(np.ptp(rows), np.ptp(columns)) + 1 == pytest.approx(0.9 * width if shape == "square" else width, abs=2)
+    assert rows[[0, -1]].mean() == pytest.approx(199.5, abs=1.5)
+    assert columns[[0, -1]].mean() == pytest.approx(199.5, abs=1.5)
+
+
+def test_pictures_are_antialiased():
+    pixels = np.asarray(render(Scene((Object("circle", "white", "large", (0.5, 0.5)),), "black")))[:, :, 0]
+    assert ((pixels > 40) & (pixels < 230)).sum() > 50
+
+
+def test_edges_between_colours_lie_in_the_middle_of_the_place_that_they_are_given():
+    scene = Scene((Object("square", "white", "large", (0.5, 0.25)),), "black")
+    pixels = np.asarray(render(scene), np.float64)[:, :, 0] - 25
+    middles = np.arange(128) + 0.5
+    assert pixels.sum(axis=0) @ middles / pixels.sum() == pytest.approx(64, abs=0.15)
+    assert pixels.sum(axis=1) @ middles / pixels.sum() == pytest.approx(32, abs=0.15)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_object_asked_for_a_place_is_there_and_in_no_other(place):
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        thing = realise(Facts((Wanted("star", place=place),)), rng).objects[0]
+        assert place_of(thing) == place
+        assert [name for name in PLACES if is_in_place(thing, name)] == [place]
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_objects_asked_for_a_relation_are_clearly_in_it(relation):
+    rng = np.random.default_rng(1)
+    facts = Facts((Wanted("circle", "red"), Wanted("square", "blue")), ((0, relation, 1),))
+    for _ in range(20):
+        scene = realise(facts, rng)
+        assert clear_relation(*scene.objects) == relation
+        assert fault(facts, scene) == ""
+        (x, y), (other_x, other_y) = (thing.centre for thing in scene.objects)
+        assert {"left of": x < other_x, "right of": x > other_x, "above": y < other_y, "below": y > other_y}[relation]
+
+
+def test_four_large_objects_find_their_place():
+    scene = realise(Facts((Wanted("ring", size="large"),) * 4), np.random.default_rng(0))
+    assert is_possible(scene) and len(scene.objects) == 4
+
+
+def test_facts_that_no_picture_can_show_are_refused():
+    with pytest.raises(InputError, match="no picture can show that"):
+        realise(Facts((Wanted("circle", "white"),), background="white"), np.random.default_rng(0))
+
+
+def test_number_background_shapes_and_colours_all_stay_frequent_without_the_held_out_combinations():
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, refuse=is_held_out) for _ in range(240)]
+    things = [thing for scene in scenes for thing in scene.objects]
+    assert min(Counter(len(scene.objects) for scene in scenes).values()) > 40
+    assert min(Counter(scene.background for scene in scenes).values()) > 40
+    shapes, colours = Counter(thing.shape for thing in things), Counter(thing.colour for thing in things)
+    assert len(shapes) == 6 and min(shapes.values()) > 0.1 * len(things)
+    assert len(colours) == 8 and min(colours.values()) > 0.03 * len(things)  # white goes on two backgrounds only
+    assert {(thing.shape, thing.colour) for thing in things} == {(s, c) for s in SHAPES for c in COLOURS} - SHAPE_COLOURS
