@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, the status that the subcommand gives, or 1 after an error that the user can mend (its message is on stderr)."""
+    """Runs one subcommand. Returns its status (0), or 1 after an error that the user can mend, whose message is on stderr."""
     args = train.parse(build_parser(), argv)
     for stream in (sys.stdin, sys.stdout):  # a letter that the console's code page lacks must not end a run
         if isinstance(stream, io.TextIOWrapper):

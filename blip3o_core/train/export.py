@@ -94,5 +94,6 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
             decoder_tensors[part] = {name: value.detach().to(stored[name].dtype) for name, value in own.items()}
     if scaling_factor is not None:
         changes["diffusion-decoder/vae/config.json"] = {"scaling_factor": scaling_factor}
-    save_derived(checkpoint.folder, folder, tensors, open_shards(checkpoint.folder, "model"), decoder=None if decoder is None else decoder.folder,
+    save_derived(checkpoint.folder, folder, tensors, open_shards(checkpoint.folder, "model"),
+                 decoder=None if decoder is None else decoder.folder,
                  decoder_tensors=decoder_tensors, config_changes=changes, overwrite=overwrite)  # fmt: skip

@@ -21,7 +21,9 @@ def trained(checkpoint, expected):
     ids = expected["train.input_ids"][0].tolist()
     prompt = ids[: ids.index(checkpoint.tokenizer.image_start_id) + 1]
     states = backbone([backbone.embed(prompt, device=torch.device("cpu"), dtype=torch.float32)])
-    losses = flow_matching(lambda x, timestep: dit(x, timestep, states), expected["eva.pooled"], expected["train.noise"], expected["train.u"])
+    losses = flow_matching(
+        lambda x, timestep: dit(x, timestep, states), expected["eva.pooled"], expected["train.noise"], expected["train.u"]
+    )
     losses.mean().backward()
     return losses, backbone, dit
 
@@ -31,15 +33,15 @@ def test_noise_level_of_u(expected, expected_text):
 
 
 def test_loss(trained, expected, relative_error):
-    assert relative_error(trained[0].mean(), expected["train.loss"].reshape(())) <= 1e-5
+    assert relative_error(trained[0].mean(), expected["train.loss"].reshape(())) <= 1e-5  # measured 9.5e-8
 
 
 def test_gradient_of_the_latent_queries(trained, expected, relative_error):
-    assert relative_error(trained[1].latent_queries.grad, expected["train.grad.latent_queries"]) <= 1e-4
+    assert relative_error(trained[1].latent_queries.grad, expected["train.grad.latent_queries"]) <= 1e-4  # 5.6e-7
 
 
 def test_gradient_of_the_last_layer(trained, expected, relative_error):
-    assert relative_error(trained[2].norm_out.linear_2.weight.grad, expected["train.grad.dit.out"]) <= 1e-4
+    assert relative_error(trained[2].norm_out.linear_2.weight.grad, expected["train.grad.dit.out"]) <= 1e-4  # 1.8e-7
 
 
 def test_frozen_weights_get_no_gradient(trained):

@@ -9,6 +9,7 @@ Environment variables:
 
 import fcntl
 import hashlib
+import importlib
 import logging
 import os
 import re
@@ -162,27 +163,42 @@ def download_sdist(spec: HostSpec, folder: Path) -> Path:
 
 
 def build_environment(spec: HostSpec, tree: Path, folder: Path) -> Path:
-    """Returns the Python of an environment for the tree, built anew if what it was made from has changed.
+    """Returns the Python of an environment for the tree."""
+    requirements = [tree / "requirements.txt", REPOSITORY / "requirements.txt"]
+    return install(spec.name, requirements, spec.constraints, TEST_PACKAGES, folder)
 
-    There is one environment for each host and Python version. It cannot be built elsewhere and renamed into place, so
+
+def prepare_training_environment() -> Path:
+    """Returns a Python with the lowest versions that the extra "train" promises, and no ComfyUI. Raises HostError."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    extra = toml.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["train"]
+    [floor] = [spec for spec in HOSTS if spec.name == "floor"]
+    cache, name = cache_directory(), "training-floor"
+    with locked(cache / f"{name}.lock"):
+        return install(name, [REPOSITORY / "requirements.txt"], floor.constraints, [*TEST_PACKAGES, *extra], cache / "environments")
+
+
+def install(name: str, requirements: Sequence[Path], constraint: Path | None, packages: Sequence[str], folder: Path) -> Path:
+    """The Python of the environment `name`, built anew if what it was made from has changed.
+
+    There is one environment for each name and Python version. It cannot be built elsewhere and renamed into place, so
     its stamp file, a hash of all that went in, is written last and shows an interrupted or outdated environment.
     """
-    requirements = [tree / "requirements.txt", REPOSITORY / "requirements.txt"]
-    constraints = [spec.constraints] if spec.constraints else []
-    ingredients = [sys.version, *TEST_PACKAGES, *(file.read_text() for file in requirements + constraints)]
+    constraints = [constraint] if constraint else []
+    ingredients = [sys.version, *packages, *(file.read_text() for file in [*requirements, *constraints])]
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()
-    environment = folder / f"{spec.name}-python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = folder / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
     python = environment / "bin" / "python"
     stamp = environment / "complete.txt"
     if stamp.is_file() and stamp.read_text() == key:
         return python
     if environment.exists():
         shutil.rmtree(environment)
-    log.info("installing the packages of ComfyUI %s into %s", spec.comfyui_version, environment)
+    log.info("installing packages into %s", environment)
     run_uv(["venv", "--python", sys.executable, str(environment)], timeout_s=DOWNLOAD_TIMEOUT_S)
     arguments = [argument for file in requirements for argument in ("--requirements", str(file))]
     arguments += [argument for file in constraints for argument in ("--constraints", str(file))]
-    run_uv(["pip", "install", "--python", str(python), *arguments, *TEST_PACKAGES], timeout_s=INSTALL_TIMEOUT_S)
+    run_uv(["pip", "install", "--python", str(python), *arguments, *packages], timeout_s=INSTALL_TIMEOUT_S)
     stamp.write_text(key)
     return python
 

@@ -53,6 +53,9 @@ def test_conversations_ask_and_answer_in_turn(tmp_path):
     for sample in open_dataset(str(path / "*.tar"), format="auto", task="understand").stream(0, 0, 1):
         assert [role for role, _ in sample.turns] == ["user", "assistant"] * (len(sample.turns) // 2)
         assert not any("<image>" in text for _, text in sample.turns)
+    with tarfile.open(path / "00000.tar") as tar:
+        first = json.load(tar.extractfile("00000000.json"))["conversations"]
+    assert first[0]["value"].startswith("<image>\n") and first[0]["from"] == "human" and first[1]["from"] == "gpt"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):

@@ -81,6 +81,14 @@ def test_no_text_of_training_names_a_held_out_shape_and_colour():
         assert not [text for text in TEXTS if named.search(text)]
 
 
+@pytest.mark.parametrize("kind", ["yes_no", "count"])
+def test_questions_about_what_is_absent_name_no_held_out_shape_and_colour(kind):
+    rng = np.random.default_rng(11)
+    asked = [questions.ask(kind, scene, rng) for scene in (random_scene(rng, objects=1, refuse=is_held_out) for _ in range(700))]
+    named = re.compile("|".join(rf"\b{colour} {shape}|\b{shape} {colour}\b" for shape, colour in SHAPE_COLOURS))
+    assert not [question for question in asked if question and named.search(question.text)]
+
+
 def test_questions_that_are_answered_no_name_no_held_out_relation():
     rng = np.random.default_rng(3)
     asked = 0
@@ -107,6 +115,11 @@ def test_neither_side_of_an_edit_for_training_is_held_out_but_the_target_of_one_
 
 def test_the_held_out_list_is_as_documented():
     """A change of it invalidates every number measured before."""
+    assert {("circle", 3), ("square", 2), ("triangle", 4), ("star", 3), ("ring", 2), ("cross", 4)} == SHAPE_COUNTS
+    assert {
+        ("ring", "red"), ("triangle", "green"), ("star", "blue"), ("cross", "yellow"), ("circle", "purple"), ("square", "orange"),
+        ("triangle", "white"), ("star", "black"),
+    } == SHAPE_COLOURS  # fmt: skip
     assert sorted(colour for _, colour in SHAPE_COLOURS) == sorted(COLOURS)
     assert max(Counter(shape for shape, _ in SHAPE_COLOURS).values()) <= 2
     assert sorted(shape for pair in SHAPE_PAIRS for shape in pair) == sorted(SHAPES)
