@@ -155,6 +155,7 @@ class Session:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             if self.main:
+                stack.callback(self._report)  # after the log is closed, also of a run that fails
                 self.log = stack.enter_context(RunLog(
                     self.output, total_steps=self.config.train.steps, start_step=state.step, config=as_dict(self.config),
                     log_every=self.config.output.log_every, wandb=self.config.output.wandb, resumed=resumed_from is not None,
@@ -162,10 +163,14 @@ class Session:
             stopped = self._train(run, model, frozen, prompts, examples, stop)
             if self.main:
                 self._finish(run, model, stopped)
-        if self.main:
-            write_report(self.output)
         self.accelerator.wait_for_everyone()
         return stopped
+
+    def _report(self) -> None:
+        try:
+            write_report(self.output)
+        except OutputError as error:  # what was trained is saved; this must not hide why a run failed
+            log.warning("%s", error)
 
     def _start_state(self) -> tuple[Path | None, RunState]:
         """Where to go on, or a fresh state in a folder that is new or empty. Raises OutputError, TrainingError."""

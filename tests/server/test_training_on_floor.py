@@ -7,8 +7,8 @@ import pytest
 
 from .hosts import REPOSITORY, prepare_training_environment
 
-FILES = ("tests/parity/test_training.py", "tests/train/test_objectives.py", "tests/train/test_webdataset.py", "tests/train/test_learning.py",
-         "tests/train/test_export.py", "tests/unit/test_lora_convert.py")  # fmt: skip
+FILES = ("tests/parity/test_training.py", "tests/train/test_objectives.py", "tests/train/test_webdataset.py",
+         "tests/train/test_learning.py", "tests/train/test_export.py", "tests/unit/test_lora_convert.py")  # fmt: skip
 
 
 @pytest.mark.timeout(900, func_only=True)
