@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .sharding import assign
+
 WARMUP = 10  # the average follows closely at first: decay is at most (1 + step) / (10 + step)
 
 
@@ -25,4 +27,4 @@ class MovingAverage:
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """From a checkpoint."""
         for name, tensor in shadow.items():
-            self.shadow[name].copy_(tensor)
+            assign(self.shadow[name], tensor)

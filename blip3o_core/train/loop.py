@@ -17,12 +17,13 @@ from .config import TrainConfig
 from .ema import MovingAverage
 from .noise import Draw, hashed_seed
 from .optimizer import learning_rate, set_learning_rate
+from .sharding import whole_number
 from .state import RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DETACHED = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAME_SIGNAL_S = 2  # one Ctrl-C comes twice: from the terminal, and from `accelerate launch`
 
 
@@ -64,7 +65,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there stops us otherwise
-            for number in DETACHED:
+            for number in STOPPING:
                 self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -131,9 +132,10 @@ def _forward(run: Run, items: Sequence[Item], micro: int) -> torch.Tensor:
     draws = [Draw((seed, "train", item.position)) for item in items]
     examples = [item.example for item in items]
     if not run.has_dropout:
-        return run.wrapped(examples, draws)
+        with accelerator.autocast():  # DDP has it built in, sharded models don't
+            return run.wrapped(examples, draws)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # dropout of adapters takes its numbers from torch's global generator
+    with accelerator.autocast(), torch.random.fork_rng(devices=devices):  # adapters' dropout takes numbers from torch's global one
         torch.manual_seed(hashed_seed(seed, "dropout", run.state.step, micro, accelerator.process_index))
         return run.wrapped(examples, draws)
 
@@ -141,9 +143,8 @@ def _forward(run: Run, items: Sequence[Item], micro: int) -> torch.Tensor:
 def _clip(run: Run, loss: torch.Tensor) -> float:
     """The norm of the gradients before clipping. Raises TrainingError if it, or the loss, is not finite."""
     accelerator, limit = run.accelerator, run.config.train.max_grad_norm
-    norm = accelerator.clip_grad_norm_(list(run.parameters.values()), limit if limit > 0 else math.inf)
-    norm = math.nan if norm is None else float(norm)  # DeepSpeed clips by itself
-    if accelerator.mixed_precision != "fp16" and not (math.isfinite(loss.item()) and (math.isfinite(norm) or norm != norm)):
+    norm = whole_number(accelerator.clip_grad_norm_(list(run.parameters.values()), limit if limit > 0 else math.inf))
+    if accelerator.mixed_precision != "fp16" and not (math.isfinite(loss.item()) and math.isfinite(norm)):
         raise TrainingError(f"step {run.state.step + 1}: the loss is {loss.item():.4g} and the norm of the gradients {norm:.4g}; nothing "
                             f"was updated. Resume with optimizer.learning_rate below {run.config.optimizer.learning_rate:g}, or with "
                             "train.precision = \"fp32\", from a checkpoint before this step.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Everything that gradients pass through, as one module: what DDP and DeepSpeed wrap. forward: examples -> losses."""
+"""Everything that gradients pass through, as one module: what DDP and FSDP wrap. forward: examples -> losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -33,6 +33,16 @@ from .model import TrainingModel
 from .optimizer import build_optimizer
 from .pictures import Prompts, draw, encode_fixed_prompts, open_prompts, require_drawable
 from .report import write_report
+from .sharding import (
+    assign,
+    gathered,
+    gathered_optimizer,
+    is_sharded,
+    prepare_sharded,
+    replace_weights,
+    require_shardable,
+    restore_optimizer,
+)
 from .state import RunState
 from .validation import validation_losses
 
@@ -106,13 +116,7 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
         mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu", kwargs_handlers=[unused],
         gradient_accumulation_steps=config.train.gradient_accumulation,
     )  # fmt: skip
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if accelerator.distributed_type == "FSDP" or getattr(plugin, "zero_stage", 0) == 3:
-        raise ConfigError("FSDP and DeepSpeed's ZeRO stage 3 split every weight over the processes, but checkpoints, exports and sample "
-                          "pictures here need whole ones. Launch without them (accelerate launch --multi_gpu); for memory there are "
-                          "train.gradient_checkpointing, cache.enabled and, for LoRA, lora.rank.")
-    if plugin is not None:  # it would read the batch size off a data loader, which is ours
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    require_shardable(accelerator, config)
     return accelerator
 
 
@@ -161,8 +165,7 @@ class Session:
                     log_every=self.config.output.log_every, wandb=self.config.output.wandb, resumed=resumed_from is not None,
                 ))  # fmt: skip
             stopped = self._train(run, model, frozen, prompts, examples, stop)
-            if self.main:
-                self._finish(run, model, stopped)
+            self._finish(run, model, stopped)
         self.accelerator.wait_for_everyone()
         return stopped
 
@@ -208,17 +211,20 @@ class Session:
         return prompts
 
     def _prepare(self, model: TrainingModel, state: RunState) -> Run:
+        optimizer = build_optimizer(self.config.optimizer, model.trained().values(), self.accelerator.device)
+        if is_sharded(self.accelerator):
+            wrapped, optimizer = prepare_sharded(self.accelerator, model, optimizer)
+        else:
+            wrapped, optimizer = self.accelerator.prepare(model, optimizer)
         parameters = model.trained()
-        optimizer = build_optimizer(self.config.optimizer, parameters.values(), self.accelerator.device)
         ema = MovingAverage(parameters, self.config.train.ema_decay) if self.config.train.ema_decay else None
-        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
         return Run(self.config, self.accelerator, wrapped, parameters, optimizer, ema, state, self.opened.sets.tasks,
                    has_dropout=self.config.train.method == "lora" and self.config.lora.dropout > 0)  # fmt: skip
 
     def _restore(self, run: Run, path: Path) -> None:
         for name, tensor in checkpoints.load_tensors(path, run.parameters).items():
-            run.parameters[name].data.copy_(tensor)
-        run.optimizer.load_state_dict(checkpoints.load_optimizer(path))
+            assign(run.parameters[name], tensor)
+        restore_optimizer(run.optimizer, checkpoints.load_optimizer(path))
         if run.ema is not None:
             run.ema.load(checkpoints.load_tensors(path, run.ema.shadow, checkpoints.EMA))
 
@@ -312,6 +318,14 @@ class Session:
         if run.ema is None:
             yield
             return
+        if is_sharded(self.accelerator):
+            saved = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+            replace_weights(run.wrapped, run.parameters, run.ema.shadow)
+            try:
+                yield
+            finally:
+                replace_weights(run.wrapped, run.parameters, saved)
+            return
         current = {name: parameter.data for name, parameter in run.parameters.items()}
         for name, parameter in run.parameters.items():
             parameter.data = run.ema.shadow[name]
@@ -324,31 +338,36 @@ class Session:
     def _save(self, run: Run, model: TrainingModel) -> None:
         """On all processes; the first one writes."""
         self._collect_broken(run)
+        trained = gathered(run.parameters, keep=self.main)
+        average = None if run.ema is None else gathered(run.ema.shadow, keep=self.main)
+        optimizer = gathered_optimizer(run.optimizer, keep=self.main)
         if self.main:
             path = checkpoints.save_checkpoint(
-                self.output, run.state, {name: parameter.data for name, parameter in run.parameters.items()},
-                run.optimizer.state_dict(), None if run.ema is None else run.ema.shadow, keep=self.config.output.keep,
-                export=self._exporter(run, model),
+                self.output, run.state, trained, optimizer, average, keep=self.config.output.keep,
+                export=self._exporter(run, model, trained if average is None else average),
             )  # fmt: skip
             log.info("saved %s", path)
         self.accelerator.wait_for_everyone()
 
-    def _exporter(self, run: Run, model: TrainingModel) -> Callable[[Path], None] | None:
+    def _exporter(self, run: Run, model: TrainingModel, values: dict[str, torch.Tensor]) -> Callable[[Path], None] | None:
         """Puts the LoRA file into every checkpoint: small, and ready to be tried."""
         if self.config.train.method != "lora":
             return None
         return lambda folder: export_lora(folder / f"{self.config.output.name}.safetensors", self.config, self.opened.sources, model,
-                                          self._result(run), run.state.step)  # fmt: skip
+                                          values, run.state.step)  # fmt: skip
 
     def _result(self, run: Run) -> dict[str, torch.Tensor]:
-        return dict(run.ema.shadow) if run.ema is not None else {name: parameter.data for name, parameter in run.parameters.items()}
+        """On all processes; the first one gets it."""
+        return gathered(run.parameters if run.ema is None else run.ema.shadow, keep=self.main)
 
     def _finish(self, run: Run, model: TrainingModel, stopped: int) -> None:
-        """The result, if the run came to its end."""
+        """The result, if the run came to its end. On all processes; the first one writes."""
+        values = {} if stopped else self._result(run)
+        if not self.main:
+            return
         if stopped:
             self.log.event(run.state.step, "stopped by a signal; saved")
             return
-        values = self._result(run)
         if self.config.train.method == "lora":
             path = self.output / f"{self.config.output.name}.safetensors"
             export_lora(path, self.config, self.opened.sources, model, values, run.state.step)

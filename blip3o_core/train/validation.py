@@ -30,10 +30,11 @@ def validation_losses(
     model.set_training(False)
     sums: dict[str, tuple[float, int]] = {}
     for task in dict.fromkeys(example.task for example in examples):  # one task at a time: contrastive losses see only their own
-        own = [pair for pair in pairs if pair[0].task == task][rank::world]
-        for start in range(0, len(own), batch_size):
+        of_task = [pair for pair in pairs if pair[0].task == task]
+        own = of_task[rank::world]
+        for start in range(0, len(of_task[::world]), batch_size):  # as often as the first rank: with sharded weights passes are collective
             batch = own[start : start + batch_size]
-            losses = model([example for example, _ in batch], [draw for _, draw in batch])
+            losses = model([example for example, _ in batch or of_task[:1]], [draw for _, draw in batch or of_task[:1]])[: len(batch)]
             total, count = sums.get(task, (0.0, 0))
             sums[task] = (total + losses.double().sum().item(), count + len(batch))
     model.set_training(True)

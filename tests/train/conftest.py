@@ -157,7 +157,7 @@ def train_config(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 
 ZYGOTE = """
-import json, os, sys
+import json, os, runpy, sys
 import torch, accelerate, peft, safetensors.torch, tensorboard, torch.utils.tensorboard, webdataset, transformers
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl, peft.tuners.lora, torch.nn.parallel.distributed
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -178,6 +178,8 @@ for line in sys.stdin:
         os.environ.update(request["environment"])
         status = 70
         try:
+            if request["before"]:
+                runpy.run_path(request["before"])
             status = blip3o_core.train.command.main(request["words"])
         except BaseException:
             import traceback
@@ -213,10 +215,10 @@ class Zygote:
 class Job:
     """A training process in a session of its own, as `setsid` makes one: its data workers belong to its group."""
 
-    def __init__(self, zygote: Zygote, words: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, zygote: Zygote, words: list[str], log: Path, environment: dict[str, str], before: str = "") -> None:
         self._zygote, self.log = zygote, log
         self._status: int | None = None
-        self.pid = zygote.ask(words=words, log=str(log), environment=environment)
+        self.pid = zygote.ask(words=words, log=str(log), environment=environment, before=before)
 
     @property
     def ended(self) -> bool:
@@ -262,20 +264,25 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 def start(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., list[Job]]]:
-    """start(config, *words, processes=1) -> the jobs, one per rank; several find each other as `accelerate launch` arranges it."""
+    """start(config, *words, processes=1) -> the jobs, one per rank; several find each other as `accelerate launch` arranges it.
+
+    `before` is a script that each process runs first, `environment` is added to theirs.
+    """
     jobs: list[Job] = []
 
-    def launch(config: TrainConfig, *words: str, processes: int = 1) -> list[Job]:
+    def launch(
+        config: TrainConfig, *words: str, processes: int = 1, before: str = "", environment: Mapping[str, str] | None = None
+    ) -> list[Job]:  # fmt: skip
         file = tmp_path / f"{len(jobs)}.toml"
         file.write_text(print_config(config), "utf-8")
         started = []
         port = free_port() if processes > 1 else 0
         for rank in range(processes):
-            environment = {}
+            own = dict(environment or {})
             if processes > 1:
-                environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                               "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}  # fmt: skip
-            started.append(Job(zygote, [str(file), *words], tmp_path / f"{len(jobs)}.{rank}.err", environment))
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                        "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}  # fmt: skip
+            started.append(Job(zygote, [str(file), *words], tmp_path / f"{len(jobs)}.{rank}.err", own, before))
             jobs.append(started[-1])
         return started
 
@@ -290,8 +297,8 @@ def start(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., list[Job]]]:
 def finish(start: Callable[..., list[Job]]) -> Callable[..., None]:
     """finish(config, ...): starts a run and waits for its good end."""
 
-    def run(config: TrainConfig, *words: str, processes: int = 1) -> None:
-        for job in start(config, *words, processes=processes):
+    def run(config: TrainConfig, *words: str, processes: int = 1, **options: Any) -> None:
+        for job in start(config, *words, processes=processes, **options):
             assert job.wait() == 0, job.err
 
     return run

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,18 +120,6 @@ def test_fp16_needs_an_accelerator(data, tmp_path):
         run_training(training_config(data, tmp_path / "out", ["text_to_image"], "train.precision=fp16"))
     assert resolve_precision("fp16", torch.device("cuda")) == "fp16"
     assert (resolve_precision("auto", CPU), resolve_precision("auto", torch.device("cuda"))) == ("fp32", "bf16")
-
-
-@pytest.mark.parametrize(("kind", "stage"), [("FSDP", 0), ("DEEPSPEED", 3)])
-def test_split_weights_are_refused(kind, stage, data, tmp_path, monkeypatch):
-    """accelerate itself makes plain data parallelism of FSDP on the CPU, so what it reports elsewhere is put in here."""
-    import accelerate
-
-    plugin = SimpleNamespace(zero_stage=stage) if stage else None
-    split = SimpleNamespace(distributed_type=accelerate.DistributedType(kind), state=SimpleNamespace(deepspeed_plugin=plugin))
-    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: split)
-    with pytest.raises(ConfigError, match="split every weight over the processes"):
-        run_training(training_config(data, tmp_path / "out", ["text_to_image"]))
 
 
 @pytest.mark.parametrize(("name", "package", "device"), [("prodigy", "prodigyopt", "cpu"), ("adamw8bit", "bitsandbytes", "cuda")])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip3o_core.cli import files
+from blip3o_core import files
 from blip3o_core.cli.caption import SUFFIXES
 from blip3o_core.errors import OutputError
 from blip3o_core.images import load_image
