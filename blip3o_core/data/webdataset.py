@@ -171,6 +171,15 @@ def shuffled(items: Iterable[Any], size: int, random: np.random.Generator) -> It
         yield waiting[place]
 
 
+def _without_braces(path: str) -> list[str]:
+    """shards/{000..002}.tar -> the three names."""
+    braceexpand = require_package("braceexpand", extra="train", purpose="a {...} pattern").braceexpand
+    try:
+        return list(braceexpand(path))
+    except ValueError as error:
+        raise DataError(f"{path}: its braces don't match ({error}). Write for instance shards/{{000..012}}.tar.") from error
+
+
 def find_shards(path: str) -> list[str]:
     """The local files that a path, a glob or a {000..012} pattern names. Raises DataError if one is missing."""
     if _ADDRESS.match(path):
@@ -179,10 +188,7 @@ def find_shards(path: str) -> list[str]:
         return [path]
     if Path(path).is_dir():
         path = os.path.join(glob.escape(path), "*.tar")
-    try:
-        patterns = list(require_package("braceexpand", extra="train", purpose="a {...} pattern").braceexpand(path))
-    except ValueError as error:
-        raise DataError(f"{path}: its braces don't match ({error}). Write for instance shards/{{000..012}}.tar.") from error
+    patterns = _without_braces(path) if "{" in path else [path]
     shards = []
     for pattern in patterns:
         found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))

@@ -16,6 +16,7 @@ from blip3o_core.shapes.datasets import described_scene, samples, write_datasets
 from blip3o_core.shapes.detector import detect
 from blip3o_core.shapes.holdout import is_held_out
 
+NEEDS_TRAIN = "tars are read with the extra train, which the environments of ComfyUI don't have"
 COUNT = 6
 SHARD = 4  # a full shard and a part of one
 
@@ -31,6 +32,8 @@ def contents(folder):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_read_by_its_reader(tmp_path, task):
+    if task != "text":
+        pytest.importorskip("webdataset", reason=NEEDS_TRAIN)
     path = write_datasets(tmp_path, seed=1, counts={task: COUNT})[task]
     dataset = open_dataset(str(path / "*.tar") if path.is_dir() else str(path), format="auto", task=task)
     found = [dataset.sample(index) for index in range(len(dataset))] if task == "text" else list(dataset.stream(0, 0, 1))
@@ -49,6 +52,7 @@ def test_every_task_is_read_by_its_reader(tmp_path, task):
 
 
 def test_conversations_ask_and_answer_in_turn(tmp_path):
+    pytest.importorskip("webdataset", reason=NEEDS_TRAIN)
     path = write_datasets(tmp_path, seed=2, counts={"understand": 20})["understand"]
     for sample in open_dataset(str(path / "*.tar"), format="auto", task="understand").stream(0, 0, 1):
         assert [role for role, _ in sample.turns] == ["user", "assistant"] * (len(sample.turns) // 2)
