@@ -124,20 +124,18 @@ def test_the_result_draws_and_answers(finished):
         assert isinstance(pipe.ask("say red", max_new_tokens=2), str)
 
 
+@pytest.mark.parametrize("finished", ["clip"], indirect=True)
 def test_the_exported_tower_keeps_its_heads(finished):
-    name, output = finished
-    if name != "clip":
-        pytest.skip("not of this run")
+    _, output = finished
     assert json.loads((output / "model" / "config.json").read_text())["gen_vision_config"]["head_width"] == 12
     source = Blip3oCheckpoint.open(output / "model").vision_encoder_source()
     assert (source.config.head_width, source.config.heads) == (12, 4)
     assert source.load(dtype=torch.float32)(torch.zeros(1, 3, 448, 448)).shape == (1, 48, 8, 8)
 
 
+@pytest.mark.parametrize("finished", ["vae"], indirect=True)
 def test_the_scaling_factor_of_a_trained_vae(finished, data):
-    name, output = finished
-    if name != "vae":
-        pytest.skip("not of this run")
+    _, output = finished
     factor = json.loads((output / "model/diffusion-decoder/vae/config.json").read_text())["scaling_factor"]
     prepared = prepare(training_config(data, output / "again", ["decode"], "train.method=full", 'train.parts=["decoder"]',
                                        checkpoint=output / "model"), per_task=4)  # fmt: skip
