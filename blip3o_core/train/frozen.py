@@ -1,13 +1,14 @@
 """Networks that no gradient reaches: loaded on first use, in their own precision, released when the cache holds what they give."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.fingerprint import tensors_fingerprint
 from ..checkpoint.load import OnLoad, fill
+from ..checkpoint.shards import TensorEntry
 from ..data.prepare import Example
 from ..errors import CheckpointError
 from ..models.eva_clip import EvaClip
@@ -74,10 +75,8 @@ class Sources:
         return f"{tensors_fingerprint(entries)}-{queries}"
 
 
-def _flattened(entry):
-    """The queries count as a vector: they are what tells two trainings of one backbone apart."""
-    from dataclasses import replace
-
+def _flattened(entry: TensorEntry) -> TensorEntry:
+    """The queries count as a vector, so that all of them are read: they tell two trainings of one backbone apart."""
     return replace(entry, shape=(entry.numel,))
 
 
