@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import InputError
 from .facts import Wanted, random_scene
 from .holdout import is_held_out
 from .language import PLACE_PHRASES, RELATION_PHRASES, amount, background_name, refer, styled, with_article
@@ -48,7 +49,12 @@ class Edit:
 
 
 def make_edit(kind: str, rng: np.random.Generator, *, held_out: bool = False) -> Edit:
-    """A random edit; its source shows no held-out combination, its target shows one if `held_out`, else none."""
+    """A random edit; its source shows no held-out combination, its target shows one if `held_out`, else none.
+
+    Raises: InputError for a held-out removal: what is left of a scene without such a combination hardly ever shows one.
+    """
+    if held_out and kind == "remove":
+        raise InputError('edits of the kind "remove" can\'t be held out. Evaluate them with held_out=False.')
     fewest, most = {"add": (1, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS)}.get(kind, (1, MAX_OBJECTS))
     while True:
         source = random_scene(rng, objects=int(rng.integers(fewest, most + 1)), refuse=is_held_out)

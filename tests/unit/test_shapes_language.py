@@ -225,3 +225,8 @@ def test_text_tasks_have_the_answers_that_their_questions_ask_for():
         assert {name for name in COLOURS if re.search(rf"\b{name}\b", objects)} == {name for name in COLOURS if name in task.answer}
     answers = Counter(task.answer.split(",")[0] for task in made["compare"])
     assert answers.keys() == {"Yes", "No"} and min(answers.values()) > 5
+
+
+def test_a_held_out_removal_is_refused_instead_of_searched_for_ever():
+    with pytest.raises(InputError, match="can't be held out"):
+        edits.make_edit("remove", np.random.default_rng(0), held_out=True)
