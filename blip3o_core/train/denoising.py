@@ -11,18 +11,10 @@ from torch import Tensor
 
 from ..data.prepare import Example
 from ..models.sdxl import ORIGINAL_SIZE
+from ..sampling.discrete_euler import NUM_TRAIN_TIMESTEPS, signal_rates
 from .config import ObjectiveOptions
 from .model import Objective, TrainingModel
 from .noise import Draw, flow_draws
-
-NUM_TRAIN_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012
-
-
-def signal_rates(device: torch.device) -> Tensor:
-    """Share of the signal's variance at timesteps 0..999 (1000,) float32: the scaled-linear schedule of Stable Diffusion."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float32, device=device) ** 2
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def denoising_timesteps(u: Tensor) -> Tensor:
@@ -43,7 +35,7 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
             kept = drawn.kept.to(embeddings)[:, None, None, None]
             embeddings = kept * embeddings + (1 - kept) * model.frozen.zero_embedding()
         timestep = denoising_timesteps(drawn.u).to(latents.device)  # (B,)
-        rate = signal_rates(latents.device)[timestep][:, None, None, None]
+        rate = signal_rates().to(latents.device)[timestep][:, None, None, None]
         noise = drawn.noise.to(latents)
         noisy = rate.sqrt() * latents + (1 - rate).sqrt() * noise
         predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])

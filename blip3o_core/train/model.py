@@ -11,6 +11,7 @@ from ..models.eva_clip import EvaClip
 from ..models.nextdit import NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.qwen_positions import multimodal_positions
+from ..pipelines.language import merged_grids
 from .frozen import FrozenNetworks, image_features, query_states
 from .noise import Draw
 
@@ -106,7 +107,7 @@ class TrainingModel(nn.Module):
         for example, features in zip(examples, self.image_features(examples), strict=True):
             rows.append(self.backbone.embed(example.ids, device=self.device, dtype=self.language_dtype, image_features=features,
                                             image_token_id=self.image_pad_id))  # fmt: skip
-            grids = [] if example.grid_thw is None else [(int(t), int(h) // 2, int(w) // 2) for t, h, w in example.grid_thw]
+            grids = [] if example.grid_thw is None else merged_grids(example.grid_thw)
             positions.append(multimodal_positions(example.ids, self.image_pad_id if grids else None, grids)[0])
         longest = max(map(len, rows))
         padded = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])  # (B, N, H)

@@ -256,7 +256,7 @@ class Job:
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     if not hasattr(os, "fork"):
-        pytest.skip("starts processes by fork")
+        pytest.skip("these tests start processes by fork, which this system lacks")
     started = Zygote()
     yield started
     started.close()

@@ -143,7 +143,7 @@ def test_a_fresh_run_does_not_keep_the_log_of_one_that_died_before_its_first_che
 
 
 def tensorboard(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra train is not installed")
     events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     return events.Reload()
 
@@ -235,7 +235,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, open_log, monkeypat
 
 
 def test_wandb_gets_the_same_names_and_a_resumed_run_keeps_its_id(open_log, monkeypatch, tmp_path):
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     logged = []
     monkeypatch.setattr(wandb.Run, "log", lambda self, values, **_: logged.append(values))

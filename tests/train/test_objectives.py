@@ -11,9 +11,10 @@ from blip3o_core.data.prepare import Augmentation, Preparer
 from blip3o_core.data.sample import Sample
 from blip3o_core.images import qwen_pixel_values
 from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
+from blip3o_core.sampling.discrete_euler import signal_rates
 from blip3o_core.train.config import ObjectiveOptions
 from blip3o_core.train.contrastive import contrastive_objective
-from blip3o_core.train.denoising import denoising_timesteps, signal_rates
+from blip3o_core.train.denoising import denoising_timesteps
 from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
 from blip3o_core.train.noise import Draw, flow_draws
 from blip3o_core.train.validation import validation_losses
@@ -92,7 +93,7 @@ def test_large_u_is_little_noise_in_both_objectives():
 def test_the_denoising_schedule_is_that_of_diffusers():
     from diffusers import DDPMScheduler
 
-    assert torch.equal(signal_rates(torch.device("cpu")), scheduler(DDPMScheduler).alphas_cumprod)
+    assert torch.equal(signal_rates(), scheduler(DDPMScheduler).alphas_cumprod)
 
 
 def scheduler(cls):
@@ -137,7 +138,7 @@ def test_one_euler_step_with_the_true_noise_recovers_the_latent(index):
     sampler = scheduler(EulerDiscreteScheduler)
     sampler.set_timesteps(8)
     timestep = sampler.timesteps[index]
-    rate = signal_rates(torch.device("cpu"))[timestep.long()]
+    rate = signal_rates()[timestep.long()]
     trained_on = rate.sqrt() * latent + (1 - rate).sqrt() * noise
     sample = trained_on / rate.sqrt()  # the sampler's scale: latent + sigma * noise
     assert torch.allclose(sampler.scale_model_input(sample, timestep), trained_on, atol=1e-5)

@@ -136,7 +136,7 @@ def test_adamw8bit_is_not_for_the_cpu():
 
 def test_prodigy_goes_on_where_it_was(data, tmp_path, everything):
     """Saved and read back without unpickling code; the resumed run is the uninterrupted one."""
-    pytest.importorskip("prodigyopt")
+    pytest.importorskip("prodigyopt", reason="the extra prodigy is not installed")
     words = ["optimizer.name=prodigy", "optimizer.learning_rate=1", "optimizer.schedule=constant", "validation.every=0",
              "output.save_every=2"]  # fmt: skip
     assert run_training(training_config(data, tmp_path / "whole", ["text_to_image"], *words, "train.steps=4")) == 0

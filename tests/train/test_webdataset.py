@@ -14,7 +14,7 @@ from blip3o_core.data.open import open_dataset
 from blip3o_core.data.webdataset import count_samples
 from blip3o_core.errors import DataError
 
-pytest.importorskip("webdataset")
+pytest.importorskip("webdataset", reason="the extra train is not installed")
 
 
 def picture(shade: int = 0) -> bytes:
