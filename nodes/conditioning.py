@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 from ..blip3o_core.errors import InputError
 from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.models.sdxl import ORIGINAL_SIZE
-from ..blip3o_core.pipelines.language import POSITIONS, PUBLISHED_IMAGE_SIZE
+from ..blip3o_core.pipelines.language import POSITIONS, TRAINED_SIZE
 from .adapters import io_types
 
 PUBLISHED_SIZE, OWN_SIZE = "448 x 448", "original"
@@ -49,8 +49,8 @@ class Blip3oTextEncode(io.ComfyNode):
                     options=[PUBLISHED_SIZE, OWN_SIZE],
                     default=PUBLISHED_SIZE,
                     advanced=True,
-                    tooltip="448 x 448 squeezes every picture to 256 tokens, as the reference does. original keeps its size and "
-                    "shape, which shows more detail and takes more tokens.",
+                    tooltip="448 x 448 squeezes every picture to 256 tokens, as the reference does (nano takes its own size in place "
+                    "of it). original keeps size and shape, which shows more detail and takes more tokens.",
                 ),
                 io.Combo.Input(
                     "positions",
@@ -74,7 +74,7 @@ class Blip3oTextEncode(io.ComfyNode):
         cls, backbone, prompt: str, template: bool = True, images=None, image_size: str = PUBLISHED_SIZE, positions: str = POSITIONS[0]
     ) -> io.NodeOutput:
         pictures = None if images is None else [to_rgb_images(images, channels_last=True)]
-        size = PUBLISHED_IMAGE_SIZE if image_size == PUBLISHED_SIZE else None
+        size = TRAINED_SIZE if image_size == PUBLISHED_SIZE else None
         states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)  # (1, 64, H)
         return io.NodeOutput([[states, {}]], [[torch.zeros_like(states), {}]])
 

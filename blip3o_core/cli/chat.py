@@ -146,10 +146,10 @@ class Session:
             raise InputError("nothing to draw. Write: /draw PROMPT.")
         folder, seed = self.args.output, self.next_seed
         require_writable([folder], folder)
-        settings = embedding_settings(self.args) | decoder_settings(self.args)
+        settings = embedding_settings(self.args, self.pipe.drawing) | decoder_settings(self.args, self.pipe.drawing)
         recipe = {"command": "chat", "prompt": prompt, "seed": seed, "edit": bool(self.attached or self.chat.last_image), **settings}
         self.bars.title = ""
-        with memory_errors(self.pipe.device, f"drawing at {self.args.width} x {self.args.height}", DRAWING_ADVICE):
+        with memory_errors(self.pipe.device, "drawing", DRAWING_ADVICE):
             pictures = self.chat.draw(prompt, seeds=[seed], images=self.attached, min_pixels=self.args.min_pixels,
                                       max_pixels=self.args.max_pixels, on_step=self.bars.on_step, **settings)  # fmt: skip
         self.attached = []

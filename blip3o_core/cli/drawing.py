@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..pipelines.blip3o import Blip3oPipeline
+    from ..variants.blip3o import DrawingDefaults
 
 IMAGE_SUFFIXES = (".png",)
 SLUG_LENGTH = 40
+OWN = "default: {} for published models, others say their own"
 DRAWING_ADVICE = "Lower --batch-size, --width and --height."
 
 
@@ -48,9 +50,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, per: str) -> None:
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the embedding")
-    group.add_argument("--steps", type=int, default=30, help="steps of the embedding, 1..1000 (default: %(default)s)")
-    group.add_argument("--guidance-scale", type=float, default=3.0, metavar="G",
-                       help="how strictly the embedding follows the prompt; 1 is no guidance (default: %(default)s)")
+    group.add_argument("--steps", type=int, metavar="N", help=f"steps of the embedding, 1..1000 ({OWN.format(30)})")
+    group.add_argument("--guidance-scale", type=float, metavar="G",
+                       help=f"how strictly the embedding follows the prompt; 1 is no guidance ({OWN.format('3.0')})")
     group.add_argument("--solver", default="euler", choices=("euler", "ab2", "heun"),
                        help="of the embedding: euler is the reference; ab2 is second order at the same cost, heun at twice "
                        "the cost (default: %(default)s)")
@@ -59,30 +61,31 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
 def add_decoder_arguments(parser: argparse.ArgumentParser, *, zero_image: bool = False) -> None:
     """zero_image: offer the embedding of the zero image as what pictures are guided away from, and take it by default."""
     group = parser.add_argument_group("the picture")
-    group.add_argument("--decoder-steps", type=int, default=50, metavar="N", help="steps of the picture, 1..999 (default: %(default)s)")
-    group.add_argument("--decoder-guidance-scale", type=float, default=3.0, metavar="G",
-                       help="guidance of the picture; 1 is none and twice as fast (default: %(default)s)")
+    group.add_argument("--decoder-steps", type=int, metavar="N", help=f"steps of the picture, 1..999 ({OWN.format(50)})")
+    group.add_argument("--decoder-guidance-scale", type=float, metavar="G",
+                       help=f"guidance of the picture; 1 is none and twice as fast ({OWN.format('3.0')})")
     choices = {"null_prompt": "a sample of the null prompt as in the reference", "zeros": "zeros, which need no sampling"}
     if zero_image:
         choices = {"zero_image": "the embedding of an image of zeros as in the reference", **choices}
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
     group.add_argument("--negative", choices=tuple(choices), default=next(iter(choices)),
                        help=f"what the picture is guided away from: {meanings} (default: %(default)s)")
-    group.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 8 (default: %(default)s)")
-    group.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 8 (default: %(default)s)")
+    group.add_argument("--width", type=int, metavar="N", help=f"pixels, a multiple of 8 ({OWN.format(1024)})")
+    group.add_argument("--height", type=int, metavar="N", help=f"pixels, a multiple of 8 ({OWN.format(1024)})")
 
 
-def embedding_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Names as in the pipeline."""
-    return {"steps": args.steps, "guidance_scale": args.guidance_scale, "solver": args.solver}
+def embedding_settings(args: argparse.Namespace, own: "DrawingDefaults") -> dict[str, Any]:
+    """Names as in the pipeline. own: of the checkpoint, for what was not said."""
+    return _chosen(args, own, ("steps", "guidance_scale")) | {"solver": args.solver}
 
 
-def decoder_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Names as in `Blip3oPipeline.generate`."""
-    return {
-        "decoder_steps": args.decoder_steps, "decoder_guidance_scale": args.decoder_guidance_scale, "negative": args.negative,
-        "width": args.width, "height": args.height,
-    }  # fmt: skip
+def decoder_settings(args: argparse.Namespace, own: "DrawingDefaults") -> dict[str, Any]:
+    """Names as in `Blip3oPipeline.generate`. own: of the checkpoint, for what was not said."""
+    return _chosen(args, own, ("decoder_steps", "decoder_guidance_scale", "width", "height")) | {"negative": args.negative}
+
+
+def _chosen(args: argparse.Namespace, own: "DrawingDefaults", names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(own if getattr(args, name) is None else args, name) for name in names}
 
 
 def require_strength(strength: float) -> None:
@@ -148,7 +151,7 @@ def draw_jobs(
         batch = list(jobs[start : start + args.batch_size])
         bars.title = f"picture {start + 1}/{len(jobs)}" if len(batch) == 1 else f"pictures {start + 1}-{start + len(batch)}/{len(jobs)}"
         began = time.monotonic()
-        with memory_errors(pipe.device, f"drawing {len(batch)} at {args.width} x {args.height}", DRAWING_ADVICE):
+        with memory_errors(pipe.device, f"drawing {len(batch)}", DRAWING_ADVICE):
             images = draw(batch)
         seconds = (time.monotonic() - began) / len(batch)
         for job, image in zip(batch, images, strict=True):

@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> None:
     require_strength(args.strength)
     images = load_pictures([args.image, *args.further_images])
     jobs = plan_jobs(args, [f"{args.image.stem} {' '.join(args.instruction)}"])
-    shared = embedding_settings(args) | decoder_settings(args)
-    settings = shared | {"strength": args.strength, "positions": args.positions}
-    recipe = {"command": "edit", "source": args.image.name, "instructions": args.instruction, **settings}
-    if args.further_images:
-        recipe["further_sources"] = [path.name for path in args.further_images]
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
+        shared = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe.drawing)
+        settings = shared | {"strength": args.strength, "positions": args.positions}
+        recipe = {"command": "edit", "source": args.image.name, "instructions": args.instruction, **settings}
+        if args.further_images:
+            recipe["further_sources"] = [path.name for path in args.further_images]
         pipe.check_generate(args.instruction, seeds=[job.seed for job in jobs], **shared)
         if args.strength < 1:
             pipe.require_vision_encoder()

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> None:
     """Raises Blip3oError; everything that can be checked is checked before weights are read."""
     prompts = read_prompts(args)
     jobs = plan_jobs(args, prompts)
-    settings = embedding_settings(args) | decoder_settings(args)
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars)
+        settings = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe.drawing)
         pipe.check_generate(prompts, seeds=[job.seed for job in jobs], **settings)
         draw_jobs(
             args, pipe, bars, jobs,

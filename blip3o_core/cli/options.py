@@ -19,7 +19,9 @@ MODEL_VARIABLE = "BLIP3O_MODEL"
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) -> None:
     """loras: offer --lora, which adapts the networks of this command."""
-    parser.add_argument("--model", metavar="PATH", help=f"checkpoint folder (default: the environment variable {MODEL_VARIABLE})")
+    parser.add_argument("--model", metavar="PATH", default=None,
+                        help=f"checkpoint folder (default: the environment variable {MODEL_VARIABLE}, else nano, the small model in this "
+                        "package)")  # fmt: skip
     parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder (default: diffusion-decoder/ of the model)")
     parser.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1", "mps" (default: %(default)s)')
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"),
@@ -77,12 +79,9 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def required_model(args: argparse.Namespace) -> str:
-    """--model, or the environment variable. Raises InputError if neither is given."""
-    model = args.model or os.environ.get(MODEL_VARIABLE)
-    if not model:
-        raise InputError(f"no model was given. Name a checkpoint folder: --model PATH, or set {MODEL_VARIABLE}.")
-    return model
+def chosen_model(args: argparse.Namespace) -> str:
+    """--model, or the environment variable, or nano."""
+    return args.model or os.environ.get(MODEL_VARIABLE) or "nano"
 
 
 def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: str | Path | None = None) -> "Blip3oPipeline":
@@ -90,7 +89,7 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
     from ..pipelines.blip3o import Blip3oPipeline
 
     return Blip3oPipeline.from_pretrained(
-        required_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
+        chosen_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
         loras=args.lora, allow_other_base=args.lora_any_base, on_load=bars.on_load,
     )  # fmt: skip
 

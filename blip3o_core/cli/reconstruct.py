@@ -27,11 +27,10 @@ def run(args: argparse.Namespace) -> None:
     """Raises Blip3oError; everything that can be checked is checked before weights are read."""
     images = load_pictures(args.image)
     jobs = plan_jobs(args, [f"{path.stem} again" for path in args.image])
-    settings = decoder_settings(args)
-    decoding = {"steps": args.decoder_steps, "guidance_scale": args.decoder_guidance_scale, "negative": args.negative,
-                "width": args.width, "height": args.height}  # fmt: skip
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
+        settings = decoder_settings(args, pipe.drawing)
+        decoding = {name.removeprefix("decoder_"): value for name, value in settings.items()}
         pipe.check_generate([], seeds=[job.seed for job in jobs], steps=1, guidance_scale=1, solver="euler",
                             **settings | {"negative": "zeros"})  # fmt: skip
         draw_jobs(

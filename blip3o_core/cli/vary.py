@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     require_strength(args.strength)
     images = load_pictures(args.image)
     jobs = plan_jobs(args, [f"{path.stem} varied" for path in args.image])
-    shared = embedding_settings(args) | decoder_settings(args)
-    settings = shared | {"strength": args.strength}
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
+        shared = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe.drawing)
+        settings = shared | {"strength": args.strength}
         pipe.check_generate([], seeds=[job.seed for job in jobs], **shared)
         if args.strength < 1:
             pipe.require_vision_encoder()

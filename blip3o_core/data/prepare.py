@@ -16,7 +16,7 @@ from .cache import FeatureCache, content_key
 from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
 from .transforms import augment
 
-PROMPT_IMAGE_SIZE = (448, 448)  # of pictures before an instruction, as when drawing
+PROMPT_IMAGE_SIDE = 448  # of pictures before an instruction, as when drawing
 DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
 
 
@@ -58,6 +58,7 @@ class Preparer:
     seed: int
     eva_size: int  # side in pixels of EVA-CLIP's input
     picture_size: int = 0  # side in pixels for the VAE
+    image_side: int | None = None  # of a model whose eyes know one size only; see Blip3oCheckpoint.image_side
     closed_turn: bool = False
     max_pixels: int = 448 * 448
     max_tokens: int = 512
@@ -105,11 +106,12 @@ class Preparer:
                 return
         counts: list[int] = []
         if images:
+            side = self.image_side or PROMPT_IMAGE_SIDE
             if sample.task == "reconstruct":  # the part of the picture that EVA-CLIP sees, as in the reference
-                pictures = [picture_square(self._augmented(example, sample, flipped), PROMPT_IMAGE_SIZE[0])]
+                pictures = [picture_square(self._augmented(example, sample, flipped), side)]
             else:
                 pictures = [mirrored(open_picture(image, sample.name), flipped) for image in images]
-            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, size=PROMPT_IMAGE_SIZE)
+            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, size=(side, side))
             counts = token_counts(example.grid_thw)
         example.ids = self.tokenizer.training_ids(text, image_tokens=counts, closed=self.closed_turn)
 
@@ -126,13 +128,19 @@ class Preparer:
         counts: list[int] = []
         if sample.images:
             pictures = [mirrored(open_picture(image, sample.name), flipped) for image in sample.images]
-            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, min_pixels=784, max_pixels=self.max_pixels)
+            example.pixel_values, example.grid_thw = qwen_pixel_values(pictures, **self._pixel_bounds)
             counts = token_counts(example.grid_thw)
         example.ids, example.learned = self.tokenizer.conversation_ids(sample.turns, counts)
         if len(example.ids) > self.max_tokens:
             raise BrokenSample(sample.name, f"the conversation has {len(example.ids)} tokens, loader.max_tokens is {self.max_tokens}")
         if not any(example.learned):
             raise BrokenSample(sample.name, "the conversation has no answer to learn")
+
+    @property
+    def _pixel_bounds(self) -> dict[str, int]:
+        if self.image_side is None:
+            return {"min_pixels": 784, "max_pixels": self.max_pixels}
+        return dict.fromkeys(("min_pixels", "max_pixels"), self.image_side**2)
 
     def _augmented(self, example: Example, sample: Sample, flipped: bool) -> Image.Image:
         """The same each time for one example."""

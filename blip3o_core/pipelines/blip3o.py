@@ -5,6 +5,7 @@ B batch, Q = 64 queries, H width of the backbone, C width of a CLIP embedding (1
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -23,12 +24,12 @@ from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
 from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
 from ..sampling.noise import require_seed, seeded_noise
-from ..variants.blip3o import Blip3oCheckpoint
+from ..variants.blip3o import Blip3oCheckpoint, DrawingDefaults
 from ..variants.eva_clip import EvaClipCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
 from .chat import MAX_NEW_TOKENS, Chat, OnToken, some_rgb_images
 from .edit import DrawingChat, edit, vary
-from .language import PUBLISHED_IMAGE_SIZE, encode_prompts
+from .language import TRAINED_SIZE, encode_prompts
 
 EMBEDDING_GRID = 8  # an embedding is 8 x 8 tokens
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -37,6 +38,7 @@ NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample
 MAX_DECODER_STEPS = 999
 MIN_SIDE, MAX_SIDE = 64, 4096
 
+T = TypeVar("T")
 OnStep = Callable[[str, int, int], None]
 """(stage, steps done, steps in all), called after every step; raise in it to cancel."""
 
@@ -114,6 +116,16 @@ class Blip3oPipeline:
         return self.checkpoint.tokenizer
 
     @property
+    def image_side(self) -> int | None:
+        """Of a model whose eyes know one size of picture only."""
+        return self.checkpoint.image_side
+
+    @property
+    def drawing(self) -> DrawingDefaults:
+        """The checkpoint's own settings, which stand in for every setting that is None."""
+        return self.checkpoint.drawing
+
+    @property
     def backbone(self) -> Backbone:
         """Language backbone and learned queries."""
         if self._backbone is None:
@@ -179,7 +191,7 @@ class Blip3oPipeline:
     @torch.inference_mode()
     def encode_prompt(
         self, prompts: Sequence[str] | str, *, template: bool = True, images: Sequence | None = None,
-        image_size: tuple[int, int] | None = PUBLISHED_IMAGE_SIZE, positions: str = "arange",
+        image_size: tuple[int, int] | str | None = TRAINED_SIZE, positions: str = "arange",
         pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Prompts -> query states (B, Q, H) in the dtype of the pipeline; a batch gives the same rows as single runs.
@@ -187,7 +199,8 @@ class Blip3oPipeline:
         Args:
             template: put each prompt in the frame of the reference; False takes raw text (the null prompt).
             images: for each prompt its images (PIL or float tensors in 0..1, one or a list), which it then edits or describes.
-            image_size: (width, height) that images are brought to first, 448 x 448 as in the published pipeline; None keeps theirs.
+            image_size: (width, height) that images are brought to first; "trained" is 448 x 448 for published models, as in their
+                pipeline; None keeps theirs.
             positions: "arange" as in the reference, or "mrope": image cells by row and column, as in understanding.
             pixel_values, image_grid_thw: images preprocessed by the caller; the text is then complete, pads included
                 (template=False), and special tokens in it count.
@@ -203,14 +216,15 @@ class Blip3oPipeline:
 
     @torch.inference_mode()
     def sample_embeddings(
-        self, q: Tensor, *, steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", shift: float = 1.0,
+        self, q: Tensor, *, steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", shift: float = 1.0,
         truncate_timesteps: bool | None = None, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
         init: Tensor | None = None, strength: float = 1.0, on_step: OnStep | None = None, stage: str = "embedding",
     ) -> Tensor:  # fmt: skip
         """Query states (B, Q, H) -> CLIP embeddings (B, C, 8, 8) float32.
 
         Args:
-            guidance_scale: 1 is no guidance; above, the null branch (zeros in place of q) runs too.
+            steps, guidance_scale: None takes the checkpoint's own, 30 and 3.0 if it was published. A guidance of 1 is none; above, the
+                null branch (zeros in place of q) runs too.
             solver: "euler" (the reference), "ab2" (second order, same cost) or "heun" (second order, twice the cost).
             shift: of the schedule; 1.0 in the reference.
             truncate_timesteps: integer timesteps as in the reference. None: for euler yes, else no, since a higher order
@@ -219,6 +233,7 @@ class Blip3oPipeline:
             init, strength: an embedding (B or 1, C, 8, 8) to start from, noised so far that strength = 1 keeps nothing of it.
         Raises: InputError for values out of range, before anything is computed.
         """
+        steps, guidance_scale = _default(steps, self.drawing.steps), _default(guidance_scale, self.drawing.guidance_scale)
         require_solver(solver)
         _require_guidance(guidance_scale)
         sigmas = flow_sigmas(steps, shift, strength)
@@ -253,8 +268,8 @@ class Blip3oPipeline:
 
     @torch.inference_mode()
     def decode_embeddings(
-        self, z: Tensor, *, negative: Tensor | str | None = None, steps: int = 50, guidance_scale: float = 3.0,
-        width: int = 1024, height: int = 1024, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
+        self, z: Tensor, *, negative: Tensor | str | None = None, steps: int | None = None, guidance_scale: float | None = None,
+        width: int | None = None, height: int | None = None, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
         output_type: str = "pil", on_step: OnStep | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """CLIP embeddings -> pictures.
@@ -263,11 +278,13 @@ class Blip3oPipeline:
             z: (B, C, 8, 8), or tokens (B, 64, C).
             negative: an embedding of the same form (one, or one per picture), "null_prompt" (the reference: see
                 `null_embedding`; also None) or "zeros". Not used for guidance_scale <= 1.
-            width, height: pixels, multiples of the VAE factor (8).
+            steps, guidance_scale: None takes the checkpoint's own, 50 and 3.0 if it was published.
+            width, height: pixels, multiples of the VAE factor (8); None takes the checkpoint's own, 1024 if it was published.
             noise: (B, 4, height / 8, width / 8); None draws it from `seeds`, one per picture (default 0, 1, 2, ...).
             output_type: "pil" (list of images), "pt" (B, 3, height, width) in 0..1, or "latent" (B, 4, ...) before the VAE.
         Raises: InputError for values out of range, CheckpointError if there is no decoder, before anything is computed.
         """
+        steps, guidance_scale, width, height = self._decoding_defaults(steps, guidance_scale, width, height)
         self._require_decoding_arguments(steps, guidance_scale, width, height, negative, output_type)
         tokens = self._tokens(z)
         factor = self.decoder_checkpoint.factor
@@ -295,9 +312,9 @@ class Blip3oPipeline:
         return pixels if output_type == "pt" else to_pil(pixels)
 
     def generate(
-        self, prompts: Sequence[str] | str, *, seeds: Sequence[int] | None = None, width: int = 1024, height: int = 1024,
-        steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", decoder_steps: int = 50,
-        decoder_guidance_scale: float = 3.0, negative: Tensor | str | None = None, template: bool = True,
+        self, prompts: Sequence[str] | str, *, seeds: Sequence[int] | None = None, width: int | None = None, height: int | None = None,
+        steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None, negative: Tensor | str | None = None, template: bool = True,
         output_type: str = "pil", on_step: OnStep | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Prompts -> pictures: both stages with one seed per picture. Arguments as in the methods for the stages.
@@ -317,18 +334,21 @@ class Blip3oPipeline:
                                       width=width, height=height, seeds=seeds, output_type=output_type, on_step=on_step)  # fmt: skip
 
     def check_generate(
-        self, prompts: Sequence[str], *, seeds: Sequence[int], width: int, height: int, steps: int, guidance_scale: float,
-        solver: str, decoder_steps: int, decoder_guidance_scale: float, negative: Tensor | str | None = None,
-        template: bool = True, output_type: str = "pil",
+        self, prompts: Sequence[str], *, seeds: Sequence[int], width: int | None = None, height: int | None = None,
+        steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None, negative: Tensor | str | None = None, template: bool = True,
+        output_type: str = "pil",
     ) -> None:  # fmt: skip
         """Raises what `generate` would raise for these arguments, without loading or computing anything."""
+        steps, guidance_scale = _default(steps, self.drawing.steps), _default(guidance_scale, self.drawing.guidance_scale)
+        decoding = self._decoding_defaults(decoder_steps, decoder_guidance_scale, width, height)
         self._prompt_ids(prompts, template=template)
         for seed in seeds:
             require_seed(seed)
         require_solver(solver)
         flow_sigmas(steps)
         _require_guidance(guidance_scale)
-        self._require_decoding_arguments(decoder_steps, decoder_guidance_scale, width, height, negative, output_type)
+        self._require_decoding_arguments(*decoding, negative, output_type)
 
     @torch.inference_mode()
     def embed_image(self, images) -> Tensor:
@@ -350,14 +370,16 @@ class Blip3oPipeline:
         return self._null_embeddings[key]
 
     def reconstruct(
-        self, images, *, seeds: Sequence[int] | None = None, negative: Tensor | str = "zero_image", steps: int = 50,
-        guidance_scale: float = 3.0, width: int = 1024, height: int = 1024, output_type: str = "pil", on_step: OnStep | None = None,
+        self, images, *, seeds: Sequence[int] | None = None, negative: Tensor | str = "zero_image", steps: int | None = None,
+        guidance_scale: float | None = None, width: int | None = None, height: int | None = None, output_type: str = "pil",
+        on_step: OnStep | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Images -> embeddings -> pictures. Arguments as in `decode_embeddings`.
 
         Args:
             negative: "zero_image" as in the reference, an embedding, "null_prompt" or "zeros".
         """
+        steps, guidance_scale, width, height = self._decoding_defaults(steps, guidance_scale, width, height)
         from_zero_image = isinstance(negative, str) and negative == "zero_image"
         self._require_decoding_arguments(steps, guidance_scale, width, height, None if from_zero_image else negative, output_type)
         z = self.embed_image(images)
@@ -462,6 +484,13 @@ class Blip3oPipeline:
             raise InputError(f"an embedding has shape {tuple(z.shape)}, expected (batch, {width}, 8, 8) or (batch, 64, {width}).")
         return z.to(self.device).contiguous()  # strides pick other kernels, which round differently
 
+    def _decoding_defaults(
+        self, steps: int | None, guidance_scale: float | None, width: int | None, height: int | None
+    ) -> tuple[int, float, int, int]:
+        own = self.drawing
+        return (_default(steps, own.decoder_steps), _default(guidance_scale, own.decoder_guidance_scale), _default(width, own.width),
+                _default(height, own.height))  # fmt: skip
+
     def _require_decoding_arguments(
         self, steps: int, guidance_scale: float, width: int, height: int, negative: Tensor | str | None, output_type: str
     ) -> None:
@@ -489,6 +518,10 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in 0..1 -> RGB images."""
     array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]
+
+
+def _default(value: T | None, own: T) -> T:
+    return own if value is None else value
 
 
 def _require_guidance(guidance_scale: float) -> None:

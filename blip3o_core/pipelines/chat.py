@@ -66,7 +66,8 @@ class Chat:
         Args:
             images: PIL images or float tensors, shown before the text.
             temperature: 0 is deterministic; above, the same seed gives the same answer.
-            min_pixels, max_pixels: each image is scaled to this area; more pixels are more tokens (28 x 28 each).
+            min_pixels, max_pixels: each image is scaled to this area; more pixels are more tokens (28 x 28 each). A model that
+                knows one size only (`image_side`) takes that.
             pixel_values, image_grid_thw: images preprocessed by the caller, in place of `images`; `to_json` can't keep them.
             return_ids: give the generated ids (with the one that ended the answer) instead of text.
         Raises: InputError for bad arguments or when the context is full. The conversation is then, and after anything that
@@ -157,8 +158,8 @@ class Chat:
             if pixel_values is not None and message is self.messages[-1]:
                 images = (pixel_values, image_grid_thw)
             else:
-                budget = {"min_pixels": message.min_pixels, "max_pixels": message.max_pixels}
-                images = qwen_pixel_values(message.images, **budget) if message.images else None
+                low, high = (self.models.image_side**2,) * 2 if self.models.image_side else (message.min_pixels, message.max_pixels)
+                images = qwen_pixel_values(message.images, min_pixels=low, max_pixels=high) if message.images else None
             grids = merged_grids(images[1]) if images else []
             ids = tokenizer.ids(turn(message.role, message.text, [t * h * w for t, h, w in grids]))
             parts.append(_Part(ids, grids, images))

@@ -10,6 +10,7 @@ from ..images import to_rgb_images
 from ..prompts import RECONSTRUCT_INSTRUCTION, require_text
 from ..sampling.flow_matching import flow_sigmas
 from .chat import Chat, pixel_budget, some_rgb_images
+from .language import TRAINED_SIZE
 
 if TYPE_CHECKING:
     from .blip3o import Blip3oPipeline
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def edit(
     pipe: "Blip3oPipeline", images: Sequence, instructions: Sequence[str | Sequence[str]] | str, *, seeds: Sequence[int] | None = None,
-    strength: float = 1.0, steps: int = 30, guidance_scale: float = 3.0, solver: str = "euler", decoder_steps: int = 50,
-    decoder_guidance_scale: float = 3.0, negative=None, width: int = 1024, height: int = 1024, positions: str = "arange",
-    image_size: tuple[int, int] | None = (448, 448), on_step=None,
+    strength: float = 1.0, steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler",
+    decoder_steps: int | None = None, decoder_guidance_scale: float | None = None, negative=None, width: int | None = None,
+    height: int | None = None, positions: str = "arange", image_size: tuple[int, int] | str | None = TRAINED_SIZE, on_step=None,
 ) -> list[Image.Image]:  # fmt: skip
     """Image-conditioned generation: the backbone sees the picture and reads the instruction.
 
@@ -29,6 +30,7 @@ def edit(
         seeds: one per entry; every link of a chain uses it.
         strength: 1 draws anew from what was understood; below, the embedding of the (first) picture is noised so far and
             sampled from there, which keeps more of it. Needs the EVA-CLIP tower.
+        Settings that are None are those of the checkpoint.
     Raises: InputError for bad arguments, before anything is drawn.
     """
     instructions = [instructions] if isinstance(instructions, str) else list(instructions)
@@ -47,7 +49,7 @@ def edit(
     decoding = dict(decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale, width=width, height=height)
     pipe.check_generate(flat, seeds=seeds, steps=steps, guidance_scale=guidance_scale, solver=solver, negative=negative, **decoding)
 
-    flow_sigmas(steps, strength=strength)
+    flow_sigmas(pipe.drawing.steps if steps is None else steps, strength=strength)
     if strength < 1:
         pipe.require_vision_encoder()
 

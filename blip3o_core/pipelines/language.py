@@ -13,7 +13,8 @@ from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.qwen_positions import Grid, multimodal_positions
 from ..prompts import PromptTokenizer
 
-PUBLISHED_IMAGE_SIZE = (448, 448)  # width, height of an image before an instruction: 256 image tokens
+PUBLISHED_IMAGE_SIDE = 448  # of an image before an instruction: 256 image tokens
+TRAINED_SIZE = "trained"
 POSITIONS = ("arange", "mrope")
 
 
@@ -21,6 +22,7 @@ class LanguageModels(Protocol):
     """Networks are loaded when they are first asked for; `context_tokens`, the longest sequence, is known before."""
 
     tokenizer: PromptTokenizer
+    image_side: int | None  # see Blip3oCheckpoint.image_side
     device: torch.device
     dtype: torch.dtype
 
@@ -51,14 +53,15 @@ def image_features(models: LanguageModels, pixel_values: Tensor, grid_thw: Tenso
 
 def encode_prompts(
     models: LanguageModels, prompts: Sequence[str], *, template: bool = True, images: Sequence[Sequence[Image.Image]] | None = None,
-    image_size: tuple[int, int] | None = PUBLISHED_IMAGE_SIZE, positions: str = "arange",
+    image_size: tuple[int, int] | str | None = TRAINED_SIZE, positions: str = "arange",
     pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, max_tokens: int,
 ) -> Tensor:  # fmt: skip
     """Prompts, with or without images -> query states (B, Q, H).
 
     Args:
         images: for each prompt a list of images; all prompts are read in one pass.
-        image_size: (width, height) that images are brought to before the processor; None keeps their own.
+        image_size: (width, height) that images are brought to before the processor; "trained" takes the model's (448 x 448 if it
+            was published); None keeps their own.
         positions: "arange" counts all tokens as the reference does, also for images; "mrope" gives image cells rows and columns.
         pixel_values, image_grid_thw: images preprocessed by the caller; the pads are in the (trusted) text already.
     Raises: InputError, before a network runs.
@@ -76,7 +79,8 @@ def encode_prompts(
     else:
         flat = [image for row in images or [] for image in row]
         if flat:
-            pixel_values, image_grid_thw = qwen_pixel_values(flat, size=image_size)
+            side = models.image_side or PUBLISHED_IMAGE_SIDE
+            pixel_values, image_grid_thw = qwen_pixel_values(flat, size=(side, side) if image_size == TRAINED_SIZE else image_size)
         grids = merged_grids(image_grid_thw) if flat else []
         remaining = iter(grids)
         ids = []

@@ -4,9 +4,10 @@ Sample i of a task depends on the seed, the task and i only. A shard is written 
 it was.
 """
 
+import concurrent.futures
 import io
 import json
-import logging
+import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import DataError, InputError
 from ..files import require_writable, whole_file, write_text
@@ -22,8 +24,6 @@ from .facts import random_scene
 from .holdout import is_held_out
 from .language import caption, detailed_caption
 from .world import Scene, pick, render
-
-log = logging.getLogger(__name__)
 
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
@@ -34,9 +34,11 @@ Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
 
 
-def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str, Path]:
+def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int], workers: int = 1) -> dict[str, Path]:
     """Writes `counts[task]` samples of each task, without held-out combinations.
 
+    Args:
+        workers: processes that draw shards; the result doesn't depend on their number.
     Returns for each task what [[data]] names as path: a folder of tars, or for the task text a .jsonl.
     Raises: InputError for an unknown task, DataError if the folder holds other data, OutputError if it can't be written.
     """
@@ -45,7 +47,8 @@ def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int]) -> dic
             raise InputError(f"{task} = {count}: give at least one sample, of the tasks {', '.join((*_MAKERS, TEXT_TASK))}.")
     require_writable([folder], folder)
     _claim(folder, {"version": VERSION, "seed": seed, "shard_samples": SHARD_SAMPLES, "counts": dict(sorted(counts.items()))})
-    paths = {}
+    paths: dict[str, Path] = {}
+    missing: list[tuple[Path, str, int, int, int]] = []
     for task, count in counts.items():
         if task == TEXT_TASK:
             paths[task] = folder / "text.jsonl"
@@ -54,7 +57,11 @@ def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int]) -> dic
                 write_text(paths[task], "\n".join(lines) + "\n")
         else:
             paths[task] = folder / task
-            _write_shards(paths[task], task, seed, count)
+            require_writable([paths[task]], paths[task])
+            shards = [(_shard(paths[task], start), task, seed, start, min(start + SHARD_SAMPLES, count))
+                      for start in range(0, count, SHARD_SAMPLES)]  # fmt: skip
+            missing += [shard for shard in shards if not shard[0].exists()]
+    _write_shards(missing, workers)
     return paths
 
 
@@ -81,18 +88,27 @@ def _claim(folder: Path, description: dict[str, Any]) -> None:
                         "Give an empty folder, or delete this one.")
 
 
-def _write_shards(folder: Path, task: str, seed: int, count: int) -> None:
-    require_writable([folder], folder)
-    starts = range(0, count, SHARD_SAMPLES)
-    missing = [start for start in starts if not _shard(folder, start).exists()]
-    log.info("%s: %d samples, %d of %d shards are there", folder, count, len(starts) - len(missing), len(starts))
-    for start in missing:
-        with whole_file(_shard(folder, start)) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for offset, members in enumerate(samples(task, seed, start, min(start + SHARD_SAMPLES, count))):
-                for suffix, content in members.items():
-                    info = tarfile.TarInfo(f"{start + offset:08d}.{suffix}")  # no time, no owner: the same bytes each time
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+def _write_shards(missing: list[tuple[Path, str, int, int, int]], workers: int) -> None:
+    with tqdm(total=len(missing), desc="drawing shapes", unit="shard", disable=len(missing) < 2) as bar:
+        if workers == 1:
+            for shard in missing:
+                _write_shard(*shard)
+                bar.update()
+            return
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+            for done in concurrent.futures.as_completed([pool.submit(_write_shard, *shard) for shard in missing]):
+                done.result()
+                bar.update()
+
+
+def _write_shard(file: Path, task: str, seed: int, start: int, end: int) -> None:
+    with whole_file(file) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for offset, members in enumerate(samples(task, seed, start, end)):
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{start + offset:08d}.{suffix}")  # no time, no owner: the same bytes each time
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
 def _shard(folder: Path, start: int) -> Path:

@@ -1,4 +1,4 @@
-"""Text-to-text: a terse prompt made full, the colours in a caption, two captions compared."""
+"""Text-to-text: a terse prompt made full, the colours in a caption, two captions compared, questions about a description."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ import numpy as np
 from .edits import make_edit
 from .facts import Facts, random_scene, wanted
 from .holdout import is_held_out
-from .language import amounts, background_name, listed, noun, on_background, phrase, plural, sentence, with_article
+from .language import amounts, background_name, detailed_caption, listed, noun, on_background, phrase, plural, sentence, with_article
+from .questions import ask
 from .world import Scene, pick
 
-KINDS = ("rewrite", "colours", "compare")
+KINDS = ("rewrite", "colours", "compare", "read")
+_READABLE = ("colour", "shape", "count", "list", "background")  # kinds of questions that a detailed caption always answers
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,17 @@ def _compare(rng: np.random.Generator) -> tuple[str, str]:
     return question, f"No, the first has {names[0]} where the second has {names[1]}."
 
 
+def _read(rng: np.random.Generator) -> tuple[str, str]:
+    scene = random_scene(rng, refuse=is_held_out)
+    question = None
+    while question is None:
+        question = ask(pick(rng, _READABLE), scene, rng)
+    request = pick(rng, ("{0} {1}", "{0}\n{1}", "{1} {0}", "{1}\n{0}"))
+    return request.format(detailed_caption(scene, rng), question.text), question.answer
+
+
 def _full(scene: Scene, rng: np.random.Generator) -> str:
     return sentence(phrase(Facts(tuple(wanted(thing, "colour") for thing in scene.objects), background=scene.background), rng))
 
 
-_MAKERS = {"rewrite": _rewrite, "colours": _colours, "compare": _compare}
+_MAKERS = {"rewrite": _rewrite, "colours": _colours, "compare": _compare, "read": _read}

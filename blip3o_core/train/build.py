@@ -104,7 +104,8 @@ def build_model(
         networks["vision_encoder"] = load(sources.require_vision_encoder().load, "clip", low)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed_seed(config.train.seed, "text tower"))
-            networks["text_tower"] = TextTower(source.tokenizer.vocabulary_size, source.dit_config.in_channels).to(device)
+            block_side = sources.require_vision_encoder().config.image_size // 8 if config.objective.pixel_weight else 0
+            networks["text_tower"] = TextTower(source.tokenizer.vocabulary_size, source.dit_config.in_channels, block_side).to(device)
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:

@@ -80,6 +80,8 @@ class ObjectiveOptions:
     shift: float = option(1.0, "of the noise schedule; above 1 trains more near the noise", minimum=0.01)
     condition_dropout: float = option(0.1, "share of samples whose query states are zero: what guidance subtracts", minimum=0, maximum=1)
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
+    pixel_weight: float = option(0.0, "contrast: weight of the squared error with which a linear map finds the pixels in the embedding; "
+                                 "above 0 embeddings keep the detail that a decoder needs", minimum=0)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
                                        minimum=0)
 

@@ -1,6 +1,8 @@
 """CLIP training for small models: EVA-CLIP and a text tower learn to find each other's picture and caption in the batch.
 
-Source: CLIP, arXiv:2103.00020. The text tower and both projections are thrown away afterwards; only the features stay.
+Source: CLIP, arXiv:2103.00020. The published tower was pretrained by masked image modelling first, which keeps the detail that a
+decoder needs; a linear reconstruction of the pixels stands in for that here (objective.pixel_weight). The text tower and all
+projections are thrown away afterwards; only the features stay.
 """
 
 import math
@@ -21,9 +23,10 @@ START_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 
 
 class TextTower(nn.Module):
-    """A small bidirectional transformer over token ids, and the two projections into the shared space."""
+    """A small bidirectional transformer over token ids, and the projections out of both towers."""
 
-    def __init__(self, vocabulary_size: int, embedding_width: int) -> None:
+    def __init__(self, vocabulary_size: int, embedding_width: int, block_side: int = 0) -> None:
+        """block_side: pixels along each axis that one embedding token stands for; 0 makes no projection to pixels."""
         super().__init__()
         self.tokens = nn.Embedding(vocabulary_size, WIDTH)
         self.positions = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.02)
@@ -31,6 +34,7 @@ class TextTower(nn.Module):
         self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
         self.text_projection = nn.Linear(WIDTH, SHARED_WIDTH, bias=False)
         self.image_projection = nn.Linear(embedding_width, SHARED_WIDTH, bias=False)
+        self.pixel_projection = nn.Linear(embedding_width, 3 * block_side**2) if block_side else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
@@ -47,6 +51,11 @@ class TextTower(nn.Module):
         """Embeddings (B, C, 8, 8) -> unit vectors (B, shared)."""
         return F.normalize(self.image_projection(embeddings.flatten(2).mean(dim=2)).float(), dim=-1)
 
+    def project_pixels(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, C, h, w) -> pixels (B, 3, h * side, w * side), each block from its own token."""
+        blocks = self.pixel_projection(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, 3 * side * side, h, w)
+        return F.pixel_shuffle(blocks, math.isqrt(blocks.shape[1] // 3))
+
     @property
     def scale(self) -> Tensor:
         """Inverse temperature, bounded as in CLIP."""
@@ -58,11 +67,16 @@ def contrastive_objective(options: ObjectiveOptions) -> Objective:
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         pixels = torch.stack([example.target_pixels for example in examples]).to(model.device)
-        images = model.text_tower.project_images(model.vision_encoder(pixels))  # (B, shared)
+        embeddings = model.vision_encoder(pixels)  # (B, C, 8, 8)
+        images = model.text_tower.project_images(embeddings)  # (B, shared)
         texts = model.text_tower([example.ids for example in examples])
         logits = model.text_tower.scale * images @ texts.T  # (B, B)
         same = torch.tensor([[a.ids == b.ids for b in examples] for a in examples], device=logits.device)
         wanted = same.to(logits) / same.sum(dim=1, keepdim=True)  # equal captions are equally right
-        return (F.cross_entropy(logits, wanted, reduction="none") + F.cross_entropy(logits.T, wanted, reduction="none")) / 2
+        found = (F.cross_entropy(logits, wanted, reduction="none") + F.cross_entropy(logits.T, wanted, reduction="none")) / 2
+        if not options.pixel_weight:
+            return found
+        error = (model.text_tower.project_pixels(embeddings).float() - pixels).square().flatten(1).mean(dim=1)
+        return found + options.pixel_weight * error
 
     return losses

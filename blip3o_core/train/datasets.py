@@ -92,6 +92,7 @@ def _preparer(options: DataOptions, config: TrainConfig, sources: Sources, cache
         seed=config.train.seed,
         eva_size=eva_size,
         picture_size=_picture_size(options.task, config, sources),
+        image_side=sources.checkpoint.image_side,
         closed_turn=config.train.prompt_form == "reference",
         max_pixels=config.loader.max_pixels,
         max_tokens=config.loader.max_tokens,

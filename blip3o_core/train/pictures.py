@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import require_writable, whole_file
 from ..images import load_image
 from ..pipelines.blip3o import Blip3oPipeline
 from ..prompts import NULL_PROMPT
@@ -82,6 +84,15 @@ def draw(prompts: Prompts, model: TrainingModel, frozen: FrozenNetworks) -> list
                                                seeds=[options.seed])  # fmt: skip
     model.set_training(True)
     return pictures
+
+
+def save_sheet(folder: Path, step: int, image: Image.Image) -> Path:
+    """samples/step_00000200.png in the folder of the run. Raises OutputError if it can't be written."""
+    path = folder / "samples" / f"step_{step:08d}.png"
+    require_writable([path.parent], path.parent)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path
 
 
 def _negative(prompts: Prompts, pipe: Blip3oPipeline) -> Tensor:

@@ -17,6 +17,7 @@ from ..data.prepare import Example
 from ..errors import ConfigError, DataError, OutputError
 from ..files import require_writable, write_text
 from ..runtime import require_package, resolve_device
+from ..sheets import contact_sheet
 from . import state as checkpoints
 from .build import build_model, frozen_dtype, require_trainable, resolve_precision
 from .caching import fill_caches
@@ -25,13 +26,12 @@ from .datasets import Caches, TrainingSets, open_training_sets, validation_examp
 from .ema import MovingAverage
 from .export import MODEL_FOLDER, export_lora, export_model
 from .frozen import FrozenNetworks, Sources
-from .grids import contact_sheet, save_sheet
 from .log import FILE as LOG_FILE
 from .log import RunLog, peak_memory_bytes, read_log
 from .loop import Run, StopRequest, Update, train
 from .model import TrainingModel
 from .optimizer import build_optimizer
-from .pictures import Prompts, draw, encode_fixed_prompts, open_prompts, require_drawable
+from .pictures import Prompts, draw, encode_fixed_prompts, open_prompts, require_drawable, save_sheet
 from .report import write_report
 from .sharding import (
     assign,

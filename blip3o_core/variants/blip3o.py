@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .eva_clip import EvaClipCheckpoint
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
 SKIPPED = "skipped"
+NANO_FOLDER = Path(__file__).parents[1] / "nano" / "model"
 
 # prefix in the file -> (component, prefix in the component's module); the first match wins
 KEY_TABLE: tuple[tuple[str, str, str], ...] = (
@@ -51,6 +52,18 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 """Components of the root shards per task; all but understanding also load the decoder."""
 
+@dataclass(frozen=True, kw_only=True)
+class DrawingDefaults:
+    """Settings of both stages; these are the reference's."""
+
+    steps: int = 30
+    guidance_scale: float = 3.0
+    decoder_steps: int = 50
+    decoder_guidance_scale: float = 3.0
+    width: int = 1024
+    height: int = 1024
+
+
 Components = dict[str, dict[str, TensorEntry]]
 
 
@@ -64,8 +77,13 @@ class Blip3oCheckpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Blip3oCheckpoint":
-        """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead."""
+        """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead.
+
+        "nano" is the small model in this package, unless there is a folder of that name.
+        """
         folder = Path(os.path.expanduser(folder))
+        if str(folder) == "nano" and not folder.is_dir():
+            folder = NANO_FOLDER
         config = read_config(folder)
         components = split_components(open_shards(folder, "model"), folder)
         absent = [name for name in TASKS["text to image"] if not components.get(name)]
@@ -104,6 +122,31 @@ class Blip3oCheckpoint:
         if len(shape) != 3:
             raise CheckpointError(f"{self.folder}: model.latent_queries is {list(shape)}, expected [1, queries, width].")
         return shape[1]
+
+    @property
+    def image_side(self) -> int | None:
+        """Side in pixels of the squares that this model's eyes were trained on; None for published models, which take any size.
+
+        A key of ours in config.json (`image_side`). Raises CheckpointError if it is no multiple of 28.
+        """
+        side = self.config.get("image_side")
+        if side is not None and (not isinstance(side, int) or side < 28 or side % 28):
+            raise CheckpointError(f"{self.folder / 'config.json'}: image_side is {side!r}, not a multiple of 28 pixels.")
+        return side
+
+    @cached_property
+    def drawing(self) -> "DrawingDefaults":
+        """What to draw with unless somebody says otherwise: the reference's settings, or those of config.json (`drawing`, a key of ours).
+
+        Raises CheckpointError for an unknown setting.
+        """
+        settings = self.config.get("drawing", {})
+        known = {field.name: field.type for field in fields(DrawingDefaults)}
+        for name, value in settings.items():
+            if name not in known or not isinstance(value, int if known[name] is int else int | float) or value <= 0:
+                raise CheckpointError(f"{self.folder / 'config.json'}: drawing.{name} = {value!r} makes no sense. Known are "
+                                      f"{', '.join(known)}.")
+        return DrawingDefaults(**settings)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -72,11 +72,13 @@ class HostedBackbone:
     """
 
     def __init__(
-        self, patcher: ModelPatcher, tokenizer: PromptTokenizer, load_vision: LoadPatcher, load_head: LoadPatcher, origin: Origin
-    ) -> None:
+        self, patcher: ModelPatcher, tokenizer: PromptTokenizer, load_vision: LoadPatcher, load_head: LoadPatcher, origin: Origin,
+        image_side: int | None,
+    ) -> None:  # fmt: skip
         self.patcher = patcher
         self.tokenizer = tokenizer
         self.origin = origin
+        self.image_side = image_side
         self._vision_patcher, self._head_patcher = cache(load_vision), cache(load_head)
         self._memory_required = 0
 

@@ -34,7 +34,7 @@ def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
         head = checkpoint.load_output_head(patcher.model, dtype=None, on_load=LoadProgress())
         return _text_side_patcher(nn.Sequential(head))  # the patcher counts layers by name, which a bare layer has none of
 
-    return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head, _origin(checkpoint))
+    return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head, _origin(checkpoint), checkpoint.image_side)
 
 
 def load_vision_encoder(source: EvaClipCheckpoint) -> HostedVisionEncoder:

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image, ImageChops, ImageFont
 
 from blip3o_core.errors import OutputError
-from blip3o_core.train.grids import MARGIN, NARROWEST, PAPER, _wrap, contact_sheet, save_sheet
+from blip3o_core.sheets import MARGIN, NARROWEST, PAPER, _wrap, contact_sheet
+from blip3o_core.train.pictures import save_sheet
 
 COLOURS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple"]
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "preview": set(),
     "images": set(),
     "embeddings": set(),
+    "sheets": set(),
     "": {"pipelines"},
     "checkpoint": set(),
     "models": set(),
@@ -26,10 +27,12 @@ ALLOWED = {
     "variants": {"models", "checkpoint", "prompts"},
     "lora": {"models", "checkpoint", "variants"},
     "shapes": set(),
+    "evaluate": {"pipelines", "shapes", "images", "sheets"},
+    "nano": {"models", "checkpoint", "variants", "prompts", "presets", "sampling", "shapes", "train"},
     "data": {"prompts", "images", "models"},
     "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
-    "train": {"data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
-    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train"},
+    "train": {"sheets", "data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
+    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train", "evaluate", "nano"},
 }
 
 

@@ -1,24 +1,27 @@
-"""Sample pictures on one labelled sheet."""
+"""Pictures on one labelled sheet."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-
-from ..files import require_writable, whole_file
 
 LARGEST = 512  # pixels of a picture's longer side on the sheet; larger ones are shrunk
 NARROWEST = 192  # of a cell, so that a label is readable below a tiny picture
 MARGIN = 12
 LABEL_LINES = 3
+FRAME = 4
 INK, PAPER, FAINT = (24, 26, 31), (255, 255, 255), (226, 229, 234)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], *, columns: int | None = None, title: str) -> Image.Image:
+def contact_sheet(
+    pictures: Sequence[Image.Image], labels: Sequence[str], *, columns: int | None = None, title: str,
+    frames: Sequence[tuple[int, int, int]] | None = None,
+) -> Image.Image:  # fmt: skip
     """Pictures of any sizes in rows, each above its label, which is wrapped and cut; RGB.
 
-    columns: None for a shape that leaves few cells empty. Letters that Pillow's own font lacks are drawn as boxes.
+    Args:
+        columns: None for a shape that leaves few cells empty. Letters that Pillow's own font lacks are drawn as boxes.
+        frames: a colour around each picture.
     """
     assert pictures and len(pictures) == len(labels), f"{len(pictures)} pictures, {len(labels)} labels"
     pictures = [_fitted(picture) for picture in pictures]
@@ -42,19 +45,12 @@ def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], *, col
         x = MARGIN + index % columns * (width + MARGIN)
         y = top + index // columns * row_height
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=FAINT)
+        if frames is not None:
+            draw.rectangle((x - FRAME, y - FRAME, x + width - 1 + FRAME, y + height - 1 + FRAME), outline=frames[index], width=FRAME)
         sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
         for number, line in enumerate(lines):
             draw.text((x, y + height + MARGIN // 2 + number * line_height), line, fill=INK, font=font)
     return sheet
-
-
-def save_sheet(folder: Path, step: int, image: Image.Image) -> Path:
-    """samples/step_00000200.png in the folder of the run. Raises OutputError if it can't be written."""
-    path = folder / "samples" / f"step_{step:08d}.png"
-    require_writable([path.parent], path.parent)
-    with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
-    return path
 
 
 def _columns(count: int) -> int:
