@@ -61,7 +61,7 @@ def draw_items(
     pipe: "Blip3oPipeline", items: Sequence[DrawItem], seeds: Sequence[int], *, batch_size: int = 8, settings: dict[str, Any] | None = None,
     share: Share | None = None, on_item: OnItem | None = None,
 ) -> list[Drawn]:  # fmt: skip
-    """Every item with every seed. Pictures don't depend on batch size or number of processes.
+    """Every item with every seed. But for rounding, pictures don't depend on batch size or number of processes.
 
     settings: arguments of `Blip3oPipeline.generate`, for items of all kinds.
     """

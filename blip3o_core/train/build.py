@@ -14,6 +14,7 @@ from ..models.qwen2_5_vl import TiedHead
 from .adapters import add_adapters, dropout_layers
 from .config import TrainConfig
 from .contrastive import TextTower
+from .cpu_attention import write_out_attention
 from .fresh import start_afresh, start_queries_afresh
 from .frozen import FrozenNetworks, Sources
 from .model import TrainingModel
@@ -123,6 +124,12 @@ def build_model(
     if config.train.gradient_checkpointing:
         active += _checkpoint_layers(model)
     model.active = tuple(active)
+    if device.type == "cpu":
+        language_model = None if model.backbone is None else model.backbone.language_model
+        vision = None if model.vision_tower is None else model.vision_tower.network
+        for network in (language_model, vision, model.unet):
+            if network is not None:
+                write_out_attention(network)
     if not model.trained():
         raise ConfigError("nothing would train. Check train.method, train.parts and lora.parts.")
     return model

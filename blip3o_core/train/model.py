@@ -12,6 +12,7 @@ from ..models.nextdit import NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.qwen_positions import multimodal_positions
 from ..pipelines.language import merged_grids
+from .cpu_attention import training_attend
 from .frozen import FrozenNetworks, image_features, query_states
 from .noise import Draw
 
@@ -96,7 +97,8 @@ class TrainingModel(nn.Module):
         run_layer = None
         if self.checkpoint_layers and torch.is_grad_enabled():
             run_layer = lambda index, layer, hidden: checkpoint(layer, hidden, use_reentrant=False)  # noqa: E731
-        return self.dit.denoise(x, timestep, self.dit.encode_condition(states), run_layer=run_layer)
+        return self.dit.denoise(x, timestep, self.dit.encode_condition(states), attend=training_attend(self.device),
+                                run_layer=run_layer)  # fmt: skip
 
     def answer_logits(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[int]]:
         """Logits only where an answer is learned -> (n, vocabulary), the right ids (n,), and how many each example has.

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from blip3o_core.errors import InputError
-from blip3o_core.train.config import as_dict, load_config
 from blip3o_core.sheets import contact_sheet
-from blip3o_core.train.pictures import save_sheet
+from blip3o_core.train.config import as_dict, load_config
 from blip3o_core.train.log import RunLog
+from blip3o_core.train.pictures import save_sheet
 from blip3o_core.train.report import MOST_POINTS, Curve, chart, main, write_report
 
 ATTACK = "<script>alert('1')</script>"
