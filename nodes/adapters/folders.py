@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 import folder_paths
 
 from ...blip3o_core.errors import CheckpointError
+from ...blip3o_core.variants.blip3o import NANO_FOLDER
 from ...blip3o_core.variants.sdxl_decoder import find_sdxl_decoder
 
 FOLDER_TYPE = "blip3o"
@@ -91,4 +92,5 @@ def _candidates() -> list[tuple[str, Path]]:
             level = [child for parent in level for child in parent.iterdir() if child.is_dir() and child.name[:1] != "."]
             for child in level:
                 found.setdefault(child.relative_to(root).as_posix(), child)
+    found.setdefault("nano", NANO_FOLDER)  # in this package, so that everything runs before anything is downloaded
     return list(found.items())

@@ -12,6 +12,8 @@ FEW_STEPS, FEW_TOKENS = 3, 8
 LOADER, PROMPT, EMBEDDING, DECODER, CONDITIONING, SIZE, PICTURE = "1", "2", "6", "10", "11", "12", "14"
 SCHEDULE, PICTURE_SCHEDULE = "4", "13"
 
+REFERENCE = {"cfg": 3.0}  # as shipped, pictures are not guided: nano needs none
+
 Graph = dict[str, dict[str, Any]]
 
 
@@ -21,8 +23,9 @@ def shipped(name: str = "text_to_image") -> Graph:
 
 
 def text_to_image(prompt: str | None = None, seed: int | None = None, checkpoint: str = TINY, side: int = SIDE) -> Graph:
-    """The shipped graph with the tiny checkpoint and small pictures; nothing else is changed."""
-    graph = replace_inputs(shipped(), checkpoint=checkpoint, decoder=checkpoint, width=side, height=side)
+    """The shipped graph with the tiny checkpoint, small pictures and the settings of the reference; nothing else is changed."""
+    graph = replace_inputs(shipped(), checkpoint=checkpoint, decoder=checkpoint, width=side, height=side, **REFERENCE)
+    graph[PICTURE_SCHEDULE]["inputs"]["steps"] = 50
     if prompt is not None:
         graph[PROMPT]["inputs"]["prompt"] = prompt
     if seed is not None:
@@ -33,7 +36,7 @@ def text_to_image(prompt: str | None = None, seed: int | None = None, checkpoint
 def tiny(name: str) -> Graph:
     """A shipped graph with the tiny models, small pictures, few steps and few tokens; seeds, texts and links stay."""
     return replace_inputs(shipped(name), checkpoint=TINY, decoder=TINY, vision_encoder=EVA, width=SIDE, height=SIDE,
-                          steps=FEW_STEPS, max_new_tokens=FEW_TOKENS)  # fmt: skip
+                          steps=FEW_STEPS, max_new_tokens=FEW_TOKENS, **REFERENCE)  # fmt: skip
 
 
 def replace_inputs(graph: Graph, **values: Any) -> Graph:

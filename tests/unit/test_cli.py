@@ -95,11 +95,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(blip3o, tiny_checkpoint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_model_is_one_line(blip3o, monkeypatch):
-    monkeypatch.delenv("BLIP3O_MODEL", raising=False)
-    assert "set BLIP3O_MODEL" in blip3o("generate", "a cat").stderr
-
-
 def test_nan_weights_are_one_line_and_no_picture(blip3o, checkpoint_copy, edit_tensors, tmp_path):
     def damage(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
