@@ -27,7 +27,7 @@ questions. It means something for models that know this world, such as nano. gen
 are written in the layout that the public scorers read, prompts that have theirs are skipped.
 """
 BENCHMARKS = ("shapes", "geneval", "dpg-bench", "wise")
-TASKS = ("prompts", "understanding", "edits", "reconstruction")
+TASKS, HEARTS = ("prompts", "understanding", "edits", "reconstruction"), "hearts"
 SHEET_PICTURES = 64  # per group
 ADVICE = "Lower --batch-size."
 
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = parser.add_argument_group("shapes")
     shapes.add_argument("--split", choices=("held-out", "seen"), default="held-out", help="held-out: combinations of shapes, colours, "
                         "relations and counts that nano was never trained on (default: %(default)s)")  # fmt: skip
-    shapes.add_argument("--only", choices=TASKS, action="append", help="one part of the benchmark; may be given several times")
+    shapes.add_argument("--only", choices=(*TASKS, HEARTS), action="append", help="one part of the benchmark; may be "
+                        "given several times. hearts: a shape that nano has to learn from a LoRA first")  # fmt: skip
     shapes.add_argument("--per-category", type=int, default=50, metavar="N", help="items of each category (default: %(default)s)")
     shapes.add_argument("--item-seed", type=int, default=0, metavar="S", help="which prompts, questions and edits (default: %(default)s)")
     shapes.add_argument("--json", action="store_true", help="print the scores as JSON in place of the table")

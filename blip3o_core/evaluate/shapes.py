@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..shapes import edits, judge, prompts, questions
+from ..shapes import edits, hearts, judge, prompts, questions
 from ..shapes.detector import detect
 from ..shapes.facts import random_scene
 from ..shapes.holdout import is_held_out
@@ -13,6 +13,8 @@ from ..shapes.world import Scene, render
 from .items import AskItem, DrawItem
 
 TASKS = ("prompts", "understanding", "edits", "reconstruction")
+HEARTS = "hearts"
+"""Not among the tasks: no model knows hearts before it has learned them from a LoRA."""
 EDIT_KINDS_NEVER_HELD_OUT = ("remove",)  # what is left of a scene shows no combination that the scene didn't show
 
 
@@ -35,6 +37,9 @@ def draw_items(tasks: Sequence[str], *, held_out: bool, per_category: int, seed:
         for _ in range(per_category):
             scene = _scene(rng, held_out)
             items.append(DrawItem("same objects", None, _judge_reconstruction(scene), render(scene), "reconstruction"))
+    if HEARTS in tasks:
+        items += [DrawItem(prompt.category, prompt.text, _judge_hearts(prompt), group=HEARTS)
+                  for prompt in hearts.heart_prompts(per_category, seed=seed)]  # fmt: skip
     return items
 
 
@@ -63,6 +68,10 @@ def _generator(seed: int, *words: str) -> np.random.Generator:
 
 def _judge_prompt(prompt: prompts.Prompt) -> Callable[[Image.Image], judge.Verdict]:
     return lambda picture: judge.judge_prompt(prompt.facts, detect(picture))
+
+
+def _judge_hearts(prompt: prompts.Prompt) -> Callable[[Image.Image], judge.Verdict]:
+    return lambda picture: judge.judge_prompt(prompt.facts, detect(picture, hearts.KNOWN))
 
 
 def _judge_edit(edit: edits.Edit) -> Callable[[Image.Image], judge.Verdict]:

@@ -11,7 +11,7 @@ PROMPT_SIDE = 140  # of pictures before Qwen's eyes: 5 x 5 cells of 28 pixels, t
 NUM_QUERIES = 64
 VOCABULARY = 752  # of the byte-level BPE, without special tokens
 WIDTH = 256  # of the backbone
-EMBEDDING_WIDTH = 64  # C of a CLIP embedding
+EMBEDDING_WIDTH = 32  # C of a CLIP embedding
 
 SPECIAL_TOKENS = (
     "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",

@@ -15,7 +15,7 @@ from PIL import Image
 from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene, render
 
 UNKNOWN = "unknown"
-"""The shape of an object that resembles none of SHAPES enough."""
+"""The shape of an object that resembles none of the known ones enough."""
 
 SIDE = 128
 _BORDER = 3  # pixels; world.MARGIN keeps objects off them
@@ -38,10 +38,10 @@ class _Template:
     offset: tuple[float, float]  # from the centre of mass to the middle of the box, of radius 1
 
 
-def detect(picture: Image.Image) -> Scene:
+def detect(picture: Image.Image, shapes: tuple[str, ...] = SHAPES) -> Scene:
     """Background and objects from left to right, of a picture of any size; one that is not square is stretched.
 
-    Objects of one colour that touch count as one, whose shape is likely "unknown".
+    Objects of one colour that touch count as one, whose shape is likely "unknown". shapes: those that it tells apart.
     """
     pixels = _pixels(picture)
     border = np.ones((SIDE, SIDE), bool)
@@ -49,7 +49,7 @@ def detect(picture: Image.Image) -> Scene:
     background = np.median(pixels[border], axis=0)  # (3,)
     distance = np.linalg.norm(pixels - background, axis=2)
     objects = [
-        _classified(pixels, part, background)
+        _classified(pixels, part, background, shapes)
         for patch in _patches(distance > _FOREGROUND)
         for part in _parts(pixels, patch, background)
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
     return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
-def _classified(pixels: np.ndarray, patch: np.ndarray, background: np.ndarray) -> Object:
+def _classified(pixels: np.ndarray, patch: np.ndarray, background: np.ndarray, shapes: tuple[str, ...]) -> Object:
     distance = np.linalg.norm(pixels[patch] - background, axis=1)
     colour = np.median(pixels[patch][distance >= np.quantile(distance, _FULL_COLOUR)], axis=0)
     way = colour - background
@@ -136,8 +136,8 @@ def _classified(pixels: np.ndarray, patch: np.ndarray, background: np.ndarray) -
     coverage = np.where(coverage < 0.2, 0, coverage)  # noise of the background
     x, y, spread = _moments(coverage)
     sampled = _sampled(coverage, x, y, spread)
-    likeness = [_overlap(sampled, template.coverage) for template in _templates()]
-    best = _templates()[int(np.argmax(likeness))]
+    likeness = [_overlap(sampled, template.coverage) for template in _templates(shapes)]
+    best = _templates(shapes)[int(np.argmax(likeness))]
     radius = spread / best.spread
     centre = (float((x + best.offset[0] * radius) / SIDE), float((y + best.offset[1] * radius) / SIDE))
     shape = best.shape if max(likeness) >= _MIN_LIKENESS else UNKNOWN
@@ -170,10 +170,10 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @cache
-def _templates() -> tuple[_Template, ...]:
+def _templates(shapes: tuple[str, ...]) -> tuple[_Template, ...]:
     """Of both sizes, because antialiasing and sampling blur the small one more."""
     made = []
-    for shape in SHAPES:
+    for shape in shapes:
         for size, radius in SIZES.items():
             picture = np.asarray(render(Scene((Object(shape, "white", size, (0.5, 0.5)),), "black"), SIDE), np.float32)[:, :, 0]
             coverage = (picture - picture.min()) / (picture.max() - picture.min())

@@ -16,6 +16,8 @@ RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+HEART = "heart"
+"""A shape that can be drawn and detected, but is in none of the data: what a LoRA can teach (hearts.py)."""
 COLOURS: dict[str, RGB] = {
     "red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 80, 220), "yellow": (240, 200, 40), "purple": (150, 60, 190),
     "orange": (245, 130, 30), "white": (245, 245, 245), "black": (25, 25, 25),
@@ -150,7 +152,10 @@ def render(scene: Scene, side: int = 128) -> Image.Image:
 
 
 def outline(shape: str) -> list[tuple[list[Point], bool]]:
-    """Polygons within -1..1, and whether each is a hole in those before. The box around them is centred and 2 wide (square: 1.8)."""
+    """Polygons within -1..1, and whether each is a hole in those before. The box around them is centred and 2 wide (square: 1.8).
+
+    shape: of SHAPES, or HEART.
+    """
     if shape == "circle":
         return [(_round(1), False)]
     if shape == "ring":
@@ -164,6 +169,11 @@ def outline(shape: str) -> list[tuple[list[Point], bool]]:
         arm = 0.36
         right = [(arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1)]
         return [([*right, *((-x, -y) for x, y in right)], False)]
+    if shape == HEART:
+        turns = [step * math.pi / 60 for step in range(120)]
+        points = [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16) for t in turns]
+        middle = (min(y for _, y in points) + max(y for _, y in points)) / 2
+        return [([(x, y - middle) for x, y in points], False)]
     assert shape == "star", shape
     angles = [math.pi * step / 5 for step in range(10)]
     points = [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in zip(angles, (1, 0.42) * 5, strict=True)]
