@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 RECIPES = Path(__file__).parents[1] / "recipes" / "nano"
 DATA, SKELETON, MODEL = "data", "skeleton", "model"
 COUNTS = {
-    "contrast": 30_000, "autoencode": 20_000, "understand": 80_000, "text": 40_000, "text_to_image": 100_000, "edit": 60_000,
+    "contrast": 30_000, "autoencode": 20_000, "understand": 60_000, "text": 40_000, "text_to_image": 100_000, "edit": 60_000,
     "reconstruct": 15_000,
 }  # fmt: skip
 """Samples of each task."""
