@@ -109,7 +109,7 @@ class Backbone(nn.Module):
             rows = rows.masked_scatter(pads[:, None], image_features.to(device, dtype))
         return rows
 
-    def forward(self, rows: Sequence[Tensor], positions: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, rows: Sequence[Tensor], positions: Sequence[Tensor] | None = None, *, multiple: int = 1) -> Tensor:
         """Embedded prompts, each ending in `[IMG]` -> states of the queries (B, Q, H), after the final norm.
 
         Rows are padded on the right, behind the queries: causality then makes a mask unnecessary and every row equal to
@@ -117,11 +117,13 @@ class Backbone(nn.Module):
 
         Args:
             rows: (N_b, H) each, as from `embed`.
+            multiple: the padded length is a multiple of it. Training gains from few different lengths: see train/cpu_attention.py.
             positions: (3, N_b + Q) each; None counts up from 0 on all three axes, as the reference does even with images.
         """
         lengths, count = [len(row) for row in rows], self.num_queries
         queries = self.latent_queries.to(rows[0])
-        padded = rows[0].new_zeros(len(rows), max(lengths) + count, rows[0].shape[-1])
+        longest = max(lengths) + count
+        padded = rows[0].new_zeros(len(rows), longest + -longest % multiple, rows[0].shape[-1])
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             padded[index, :length] = row
             padded[index, length : length + count] = queries[0]

@@ -307,19 +307,24 @@ RESUMABLE = {
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for everything that a resumed run must not change; both as from `as_dict`."""
-    found = []
+    """`key: old -> new` for everything that a resumed run must not change; both as from `as_dict`.
 
-    def compare(path: str, a: Any, b: Any) -> None:
+    A key that `old` lacks is younger than that run, which then trained with what is the key's default today.
+    """
+    found = []
+    defaults = as_dict(TrainConfig())
+
+    def compare(path: str, a: Any, b: Any, default: Any) -> None:
         if path in RESUMABLE:
             return
         if isinstance(a, dict) and isinstance(b, dict):
+            own = default if isinstance(default, dict) else {}
             for key in sorted({*a, *b}):
-                compare(f"{path}.{key}" if path else key, a.get(key), b.get(key))
+                compare(f"{path}.{key}" if path else key, a.get(key, own.get(key)), b.get(key), own.get(key))
         elif a != b:
             found.append(f"{path}: {a!r} -> {b!r}")
 
-    compare("", old, new)
+    compare("", old, new, defaults)
     return found
 
 

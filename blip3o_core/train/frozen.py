@@ -17,6 +17,7 @@ from ..variants.blip3o import Blip3oCheckpoint
 from ..variants.eva_clip import EvaClipCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
 from .config import ModelOptions
+from .cpu_attention import LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -189,4 +190,4 @@ def query_states(
     return backbone([
         backbone.embed(example.ids, device=device, dtype=dtype, image_features=own, image_token_id=image_pad_id)
         for example, own in zip(examples, features, strict=True)
-    ])  # fmt: skip
+    ], multiple=LENGTH_MULTIPLE)  # fmt: skip

@@ -12,7 +12,7 @@ from ..models.nextdit import NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.qwen_positions import multimodal_positions
 from ..pipelines.language import merged_grids
-from .cpu_attention import training_attend
+from .cpu_attention import LENGTH_MULTIPLE, training_attend
 from .frozen import FrozenNetworks, image_features, query_states
 from .noise import Draw
 
@@ -112,6 +112,7 @@ class TrainingModel(nn.Module):
             grids = [] if example.grid_thw is None else merged_grids(example.grid_thw)
             positions.append(multimodal_positions(example.ids, self.image_pad_id if grids else None, grids)[0])
         longest = max(map(len, rows))
+        longest += -longest % LENGTH_MULTIPLE
         padded = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])  # (B, N, H)
         padded_positions = torch.stack([nn.functional.pad(own, (0, longest - own.shape[1])) for own in positions], dim=1)  # (3, B, N)
         states = self.backbone.decode(padded, padded_positions.to(self.device))
