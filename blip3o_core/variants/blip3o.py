@@ -91,6 +91,7 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{folder}: config.json says {config['model_type']}, but the weights hold no tensor of: "
                                   f"{', '.join(absent)}. Download the complete BLIP3-o repository.")
         checkpoint = cls(folder, config, components)
+        checkpoint.drawing, checkpoint.image_side  # noqa: B018 -- wrong settings are found here
         encoder, dit = checkpoint._empty_backbone(), checkpoint._empty_dit()
         require_matching("language backbone", folder, expected_shapes(encoder), checkpoint._backbone_entries)
         require_matching("diffusion transformer", folder, expected_shapes(dit), components["dit"])

@@ -218,6 +218,14 @@ def test_a_resumed_run_may_change_only_what_does_not_change_the_result():
     assert any(line.startswith("data") and "'a'" in line and "'b'" in line for line in found)
 
 
+def test_a_run_from_before_an_option_existed_goes_on_if_the_option_has_its_default():
+    old = as_dict(load_config(None, ["data.0.path=a"]))
+    del old["objective"]["whitening_weight"]
+    assert differences(old, as_dict(load_config(None, ["data.0.path=a"]))) == []
+    changed = as_dict(load_config(None, ["data.0.path=a", "objective.whitening_weight=2"]))
+    assert differences(old, changed) == ["objective.whitening_weight: 0.0 -> 2.0"]
+
+
 def test_python_3_10_reads_toml_with_tomli(monkeypatch):
     asked = []
     monkeypatch.setattr(sys, "version_info", (3, 10, 0))

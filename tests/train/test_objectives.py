@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from blip3o_core.data.prepare import Augmentation, Preparer
 from blip3o_core.data.sample import Sample
 from blip3o_core.images import qwen_pixel_values
+from blip3o_core.models.layers import attend
 from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
 from blip3o_core.sampling.discrete_euler import signal_rates
 from blip3o_core.train.config import ObjectiveOptions
-from blip3o_core.train.contrastive import contrastive_objective
+from blip3o_core.train.contrastive import contrastive_objective, distance_from_white
+from blip3o_core.train.cpu_attention import attend_written_out
 from blip3o_core.train.denoising import denoising_timesteps
 from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
 from blip3o_core.train.noise import Draw, flow_draws
@@ -310,3 +312,51 @@ def test_pictures_of_conversations_are_as_in_chats(data, tmp_path):
     prepared = full(data, tmp_path / "out", "vision", "understand")
     pixels, grid = qwen_pixel_values([Image.open(data / "pictures/0.png")], min_pixels=784, max_pixels=3136)
     assert torch.equal(prepared.examples[0].pixel_values, pixels) and torch.equal(prepared.examples[0].grid_thw, grid)
+
+
+def test_embeddings_may_have_to_keep_the_pixels(data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", "clip", "contrast", "objective.pixel_weight=3")
+    model, examples = prepared.model, prepared.examples
+    with torch.no_grad():
+        plain, with_pixels = (contrastive_objective(ObjectiveOptions(pixel_weight=weight))(model, examples, draws(2))
+                              for weight in (0.0, 3.0))  # fmt: skip
+        pixels = torch.stack([example.target_pixels for example in examples])
+        embeddings = model.vision_encoder(pixels)
+        tower = model.text_tower.pixel_projection
+        side = pixels.shape[-1] // 8
+    for index in range(2):
+        guess = torch.empty_like(pixels[index])
+        for row in range(8):
+            for column in range(8):  # each block from the token above it, channel by channel
+                block = tower(embeddings[index, :, row, column]).view(3, side, side)
+                guess[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = block
+        error = (guess - pixels[index]).square().mean()
+        assert relative_error(with_pixels[index] - plain[index], 3 * error) <= 1e-4
+    assert full(data, tmp_path / "other", "clip", "contrast").model.text_tower.pixel_projection is None
+
+
+def test_white_embeddings_cost_nothing_and_others_their_distance():
+    tokens, _ = torch.linalg.qr(torch.randn(2 * 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    white = (tokens * math.sqrt(len(tokens))).view(2, 8, 8, 6).permute(0, 3, 1, 2)
+    assert distance_from_white(white).item() == pytest.approx(0, abs=1e-12)
+    assert distance_from_white(2 * white).item() == pytest.approx(9)  # (4 - 1) squared in each of 6 channels, per channel
+    assert distance_from_white(white + 1).item() > 0.5, "a mean that is not 0 counts"
+    twice = torch.cat((white[:, :3], white[:, :3]), dim=1)
+    assert distance_from_white(twice).item() == pytest.approx(1), "channels that say the same do too"
+
+
+# attention on the CPU
+
+
+def test_attention_written_out_is_that_of_torch():
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.testing.assert_close(attend_written_out(q, k, v), attend(q, k, v), rtol=0, atol=1e-6)  # measured 2e-7
+    short_k, short_v = k[:, :, :5], v[:, :, :5]
+    torch.testing.assert_close(attend_written_out(q, short_k, short_v), attend(q, short_k, short_v), rtol=0, atol=1e-6)
+
+
+def test_every_network_that_trains_on_the_cpu_has_its_attention_written_out(data, tmp_path):
+    decoder = full(data, tmp_path / "decoder", "decoder", "decode").model.unet
+    assert {type(processor).__name__ for processor in decoder.attn_processors.values()} == {"AttnProcessor"}
+    backbone = full(data, tmp_path / "backbone", "backbone", "text").model.backbone
+    assert backbone.language_model.config._attn_implementation == "eager"

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blip3o_core import Blip3oPipeline, CheckpointError, InputError
+from blip3o_core.variants.blip3o import DrawingDefaults
 
 
 def edit_config(file: Path, **changes) -> None:
@@ -205,3 +207,41 @@ def test_shards_resaved_by_newer_transformers_load_too(checkpoint_copy, expected
     (checkpoint_copy / "config.json").write_text(json.dumps({**config, "text_config": text}), "utf-8")
     states = open_pipeline(checkpoint_copy).encode_prompt(expected_text["prompts"][:1])
     assert relative_error(states, expected["query.0"]) <= 1e-5
+
+
+def test_a_checkpoint_may_have_settings_of_its_own_for_drawing(checkpoint_copy, pipe):
+    assert pipe.drawing == DrawingDefaults(
+        steps=30, guidance_scale=3.0, decoder_steps=50, decoder_guidance_scale=3.0, width=1024, height=1024
+    )
+    own = {"steps": 2, "guidance_scale": 1.5, "decoder_steps": 3, "decoder_guidance_scale": 1, "width": 64, "height": 96}
+    edit_config(checkpoint_copy / "config.json", drawing=own)
+    quick = open_pipeline(checkpoint_copy)
+    [picture] = quick.generate(["a cat"], seeds=[7])
+    assert picture.size == (64, 96)
+    [said] = pipe.generate(["a cat"], seeds=[7], **own)
+    assert picture.tobytes() == said.tobytes()
+    [other] = quick.generate(["a cat"], seeds=[7], width=96)
+    assert other.size == (96, 96), "what is said goes first"
+    [edited] = quick.edit([picture], ["make it red"])
+    assert edited.size == (64, 96)
+
+
+@pytest.mark.parametrize("drawing", [{"stepz": 3}, {"steps": 2.5}, {"steps": 0}, {"guidance_scale": "3"}])
+def test_settings_for_drawing_that_make_no_sense(checkpoint_copy, drawing):
+    edit_config(checkpoint_copy / "config.json", drawing=drawing)
+    with pytest.raises(CheckpointError, match=f"drawing.{next(iter(drawing))} = .* makes no sense"):
+        open_pipeline(checkpoint_copy)
+
+
+def test_eyes_that_know_one_size_get_that_size(checkpoint_copy, pipe):
+    edit_config(checkpoint_copy / "config.json", image_side=56)
+    own = open_pipeline(checkpoint_copy)
+    picture = Image.linear_gradient("L").resize((300, 200))
+    squeezed = {"image_size": (56, 56)}
+    assert torch.equal(own.encode_prompt(["edit it"], images=[picture]), pipe.encode_prompt(["edit it"], images=[picture], **squeezed))
+    bounds = {"min_pixels": 56 * 56, "max_pixels": 56 * 56, "max_new_tokens": 5, "return_ids": True}
+    wide = Image.linear_gradient("L").resize((1000, 1000))
+    assert own.ask("What is it?", images=[wide], max_new_tokens=5, return_ids=True) == pipe.ask("What is it?", images=[wide], **bounds)
+    edit_config(checkpoint_copy / "config.json", image_side=50)
+    with pytest.raises(CheckpointError, match="image_side is 50, not a multiple of 28"):
+        open_pipeline(checkpoint_copy)
