@@ -148,8 +148,8 @@ def test_extra_model_paths_add_a_root(host, tmp_path, tiny_checkpoint):
     models = {"blip3o/tiny": tiny_checkpoint}
     with ComfyServer(host, tmp_path / "base", models=models, extra_args=["--extra-model-paths-config", str(config)]) as server:
         info = server.object_info()
-        assert offered(info, "Blip3oCheckpointLoader", "checkpoint") == ["owner/model", "tiny"]
-        assert offered(info, "Blip3oSDXLDecoderLoader", "decoder") == ["owner/model", "tiny"], "each decoder once"
+        assert offered(info, "Blip3oCheckpointLoader", "checkpoint") == ["nano", "owner/model", "tiny"]
+        assert offered(info, "Blip3oSDXLDecoderLoader", "decoder") == ["nano", "owner/model", "tiny"], "each decoder once"
         graph = graphs.embedding_only(1)
         graph["1"]["inputs"]["checkpoint"] = "owner/model"
         assert server.run(graph).status == "success"

@@ -166,8 +166,8 @@ def test_core_and_our_node_and_the_command_draw_the_same_picture(server, written
     assert psnr(plain, expected) < VISIBLE
     assert "lora key not loaded" not in server.log()
 
-    graph = graphs.replace_inputs(graphs.shipped("text_to_image_lora"), checkpoint=graphs.TINY, decoder=graphs.TINY,
-                                  width=graphs.SIDE, height=graphs.SIDE)  # fmt: skip
+    graph = graphs.replace_inputs(graphs.reference(graphs.shipped("text_to_image_lora")), checkpoint=graphs.TINY,
+                                  decoder=graphs.TINY, width=graphs.SIDE, height=graphs.SIDE)  # fmt: skip
     blip3o("generate", PROMPT, "--model", CHECKPOINT, "--lora", f"{file}:{STRENGTH}", "--seed", 7, "--width", graphs.SIDE,
            "--height", graphs.SIDE, "--device", "cpu", "--output", tmp_path / "a.png", check=True)  # fmt: skip
     with Image.open(tmp_path / "a.png") as image:
