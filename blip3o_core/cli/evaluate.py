@@ -75,33 +75,27 @@ def run(args: argparse.Namespace) -> None:
 def evaluate_shapes(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     if args.prompts is not None:
         raise InputError("--prompts is for geneval, dpg-bench and wise; shapes makes its own.")
-    from ..evaluate import scores, shapes
-    from ..evaluate.run import Share, ask_items, draw_items
+    from ..evaluate import scores
+    from ..evaluate.run import Share
+    from ..evaluate.shapes import evaluate
 
-    share, tasks = Share(), args.only or TASKS
-    seeds = range(args.seeds or 2)
-    which = {"held_out": args.split == "held-out", "per_category": args.per_category, "seed": args.item_seed}
+    share, tasks, seeds = Share(), args.only or TASKS, args.seeds or 2
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
-        pipe.check_generate([], seeds=list(seeds), **settings)
+        pipe.check_generate([], seeds=list(range(seeds)), **settings)
         if "reconstruction" in tasks:
             pipe.require_vision_encoder()
         if args.output is not None:
             require_writable([args.output], args.output)
         with memory_errors(pipe.device, "evaluating", ADVICE):
-            results: list[Result] = [*draw_items(pipe, shapes.draw_items(tasks, **which), seeds, batch_size=args.batch_size,
-                                                 settings=settings, share=share, on_item=bars.on_item)]  # fmt: skip
-            if "understanding" in tasks:
-                results += ask_items(pipe, shapes.ask_items(**which), share=share, on_item=bars.on_item)
+            report, results = evaluate(pipe, tasks=tasks, held_out=args.split == "held-out", per_category=args.per_category, seeds=seeds,
+                                       item_seed=args.item_seed, batch_size=args.batch_size, settings=settings, share=share,
+                                       on_item=bars.on_item)  # fmt: skip
         if not share.is_main:
             return
-        found = scores.summary(results)
-        report = {"benchmark": "shapes", "split": args.split, "seeds": len(seeds), "per_category": args.per_category,
-                  "item_seed": args.item_seed, "settings": settings, **pipe.describe(), "scores": found,
-                  "common_faults": scores.common_faults(results)}  # fmt: skip
         if args.output is not None:
             write_results(args.output, report, results)
-        bars.write(json.dumps(report, ensure_ascii=False) if args.json else scores.table(found))
+        bars.write(json.dumps(report, ensure_ascii=False) if args.json else scores.table(report["scores"]))
 
 
 def write_results(folder: Path, report: dict[str, Any], results: "list[Result]") -> None:

@@ -57,7 +57,7 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def draw_items(
+def run_drawing(
     pipe: "Blip3oPipeline", items: Sequence[DrawItem], seeds: Sequence[int], *, batch_size: int = 8, settings: dict[str, Any] | None = None,
     share: Share | None = None, on_item: OnItem | None = None,
 ) -> list[Drawn]:  # fmt: skip
@@ -81,7 +81,7 @@ def draw_items(
     ]
 
 
-def ask_items(
+def run_asking(
     pipe: "Blip3oPipeline", items: Sequence[AskItem], *, share: Share | None = None, on_item: OnItem | None = None
 ) -> list[Answered]:
     """Greedy answers."""

@@ -1,6 +1,7 @@
 """The benchmark of the world of shapes: GenEval's six categories, questions, edits, reconstructions. Judged without a model."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -10,12 +11,36 @@ from ..shapes.detector import detect
 from ..shapes.facts import random_scene
 from ..shapes.holdout import is_held_out
 from ..shapes.world import Scene, render
-from .items import AskItem, DrawItem
+from . import scores
+from .items import AskItem, DrawItem, Result
+from .run import OnItem, Share, run_asking, run_drawing
+
+if TYPE_CHECKING:
+    from ..pipelines.blip3o import Blip3oPipeline
 
 TASKS = ("prompts", "understanding", "edits", "reconstruction")
 HEARTS = "hearts"
 """Not among the tasks: no model knows hearts before it has learned them from a LoRA."""
 EDIT_KINDS_NEVER_HELD_OUT = ("remove",)  # what is left of a scene shows no combination that the scene didn't show
+
+
+def evaluate(
+    pipe: "Blip3oPipeline", *, tasks: Sequence[str] = TASKS, held_out: bool = True, per_category: int = 50, seeds: int = 2,
+    item_seed: int = 0, batch_size: int = 8, settings: dict[str, Any] | None = None, share: Share | None = None,
+    on_item: OnItem | None = None,
+) -> tuple[dict[str, Any], list[Result]]:  # fmt: skip
+    """Runs the benchmark -> (report for JSON, all results); with several processes the same on each."""
+    which = {"held_out": held_out, "per_category": per_category, "seed": item_seed}
+    results: list[Result] = [*run_drawing(pipe, draw_items(tasks, **which), range(seeds), batch_size=batch_size, settings=settings,
+                                          share=share, on_item=on_item)]  # fmt: skip
+    if "understanding" in tasks:
+        results += run_asking(pipe, ask_items(**which), share=share, on_item=on_item)
+    report = {
+        "benchmark": "shapes", "split": "held-out" if held_out else "seen", "seeds": seeds, "per_category": per_category,
+        "item_seed": item_seed, "settings": settings or {}, **pipe.describe(), "scores": scores.summary(results),
+        "common_faults": scores.common_faults(results),
+    }  # fmt: skip
+    return report, results
 
 
 def draw_items(tasks: Sequence[str], *, held_out: bool, per_category: int, seed: int) -> list[DrawItem]:

@@ -1,6 +1,5 @@
 """The model card: what nano is, what it was trained on, how long, and what it can do, from the logs of its stages and its scores."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +68,3 @@ def write_card(file: Path, stages: Sequence[Stage], *, machine: str, scores: Map
             if len(values["categories"]) > 1:
                 lines += [f"| {name.replace('_', ' ')} | {row['score']:.3f} |" for name, row in values["categories"].items()]
     write_text(file, "\n".join(lines) + "\n")
-
-
-def read_scores(files: Sequence[Path]) -> dict[str, Any]:
-    """split -> report, from scores.json of `blip3o evaluate shapes --output`."""
-    reports = [json.loads(file.read_text("utf-8")) for file in files]
-    return {report["split"]: report for report in reports}

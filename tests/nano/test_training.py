@@ -1,6 +1,8 @@
 """`blip3o train-nano`: the whole way in a few steps, twice the same, and on from where it was stopped."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_core import Blip3oPipeline
-from blip3o_core.checkpoint.shards import open_shards
-from blip3o_core.nano.training import COUNTS, stage_config, stages
+from blip3o_core.checkpoint.shards import open_shards, read_tensor
+from blip3o_core.cli.main import main
+from blip3o_core.nano.training import COUNTS, RECIPES, STAGES, TENSORS, stage_config
 
 from ..conftest import command, command_environment
 
@@ -24,7 +27,7 @@ LARGEST_MB = 32
 
 def train_nano(folder: Path, *more: object) -> subprocess.Popen:
     return subprocess.Popen(command("train-nano", "--output", folder, *QUICK, *more), env=command_environment(), stderr=subprocess.PIPE,
-                            text=True)  # fmt: skip
+                            text=True, start_new_session=True)  # fmt: skip
 
 
 def finished(process: subprocess.Popen) -> None:
@@ -47,15 +50,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 def test_a_run_that_was_killed_and_goes_on_gives_the_weights_of_an_unbroken_one(trained, tmp_path):
     process = train_nano(tmp_path)
-    while not (tmp_path / stages()[2].stem / "log.jsonl").exists():  # the third stage has begun
+    while not (tmp_path / "3-decoder" / "log.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # and the stage that it has started
     process.wait()
     finished(train_nano(tmp_path))
     one, two = weights(trained / "model"), weights(tmp_path / "model")
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_signal_reaches_the_stages_and_the_same_command_goes_on(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "nano")
+    shutil.rmtree(tmp_path / "nano" / "5-unified")
+    process = train_nano(tmp_path / "nano", "--steps", 1000)  # too many to finish
+    log = tmp_path / "nano" / "5-unified" / "log.jsonl"
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert list((tmp_path / "nano" / "5-unified" / "checkpoints").iterdir()), "it has saved"
 
 
 def test_the_packed_checkpoint_is_whole_and_small(trained):
@@ -69,32 +86,45 @@ def test_the_packed_checkpoint_is_whole_and_small(trained):
     assert isinstance(pipe.ask("What is it?", images=[picture], max_new_tokens=2), str)
     assert pipe.reconstruct([picture], steps=1)[0].size == (128, 128)
     card = (model / "README.md").read_text()
-    for recipe in stages():
-        assert f"| {recipe.stem} |" in card
+    for stage in STAGES:
+        assert f"| {stage} |" in card
 
 
 def test_every_stage_changes_what_its_recipe_says_and_nothing_else(trained):
-    before = trained / "skeleton"
-    for recipe in stages():
-        after = trained / recipe.stem / "model"
-        parts = stage_config(recipe, trained, before).train.parts
-        changed = {name for name, entry in open_shards(after, "model").items() if differs(entry, open_shards(before, "model")[name])}
-        prefixes = {"clip": "model.gen_vision_tower.", "backbone": ("model.layers.", "model.embed_tokens.", "model.norm."),
-                    "vision": "visual.", "dit": "model.dit.", "latent_queries": "model.latent_queries"}  # fmt: skip
-        allowed = tuple(prefix for part in parts for prefix in ([prefixes[part]] if isinstance(prefixes.get(part), str)
-                                                                else prefixes.get(part, ())))  # fmt: skip
-        assert all(name.startswith(allowed) for name in changed)
-        assert bool(changed) == bool(set(parts) & prefixes.keys())
-        before = after
+    for stage in STAGES:
+        before, after = (open_shards(trained / stage / folder, "model") for folder in ("start", "model"))
+        changed = {name for name in before if not torch.equal(read_tensor(before[name]), read_tensor(after[name]))}
+        prefixes = tuple(prefix for part in stage_config(trained, stage).train.parts for prefix in TENSORS.get(part, ()))
+        assert bool(changed) == bool(prefixes)
+        assert all(name.startswith(prefixes) for name in changed)
 
 
-def differs(one, other) -> bool:
-    from blip3o_core.checkpoint.shards import read_tensor
+def test_the_result_holds_what_each_stage_has_trained(trained):
+    model = open_shards(trained / "model", "model")
+    for stage in STAGES:
+        own = open_shards(trained / stage / "model", "model")
+        for part in stage_config(trained, stage).train.parts:
+            for name in (name for name in model if name.startswith(TENSORS.get(part, ()))):
+                assert torch.equal(read_tensor(model[name]), read_tensor(own[name])), name
+    for part, stage in (("unet", "3-decoder"), ("vae", "2-vae")):
+        one, two = (load_file(next((folder / "diffusion-decoder" / part).glob("*.safetensors")))
+                    for folder in (trained / "model", trained / stage / "model"))  # fmt: skip
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    factors = [json.loads((trained / name / "diffusion-decoder/vae/config.json").read_text())["scaling_factor"]
+               for name in ("skeleton", "2-vae/model", "model")]  # fmt: skip
+    assert factors[1] == factors[2] != factors[0]
 
-    return not torch.equal(read_tensor(one), read_tensor(other))
+
+def test_stages_stand_in_an_order_in_which_each_finds_what_it_needs():
+    names = list(STAGES)
+    assert names == sorted(file.stem for file in RECIPES.glob("*.toml"))
+    for stage, needs in STAGES.items():
+        assert all(names.index(need) < names.index(stage) for need in needs)
+        for data in stage_config(Path("x"), stage).data:
+            assert Path(data.path).parts[2].removesuffix(".jsonl") in COUNTS
 
 
-def test_data_and_recipes_name_the_same_tasks():
-    needed = {Path(data.path).parts[1].removesuffix(".jsonl") for recipe in stages()
-              for data in stage_config(recipe, Path("x"), Path("m")).data}  # fmt: skip
-    assert {name.removesuffix(".jsonl") for name in needed} <= {"data", *COUNTS}
+def test_numbers_that_make_no_sense(tmp_path, capsys):
+    assert main(["train-nano", "--output", str(tmp_path), "--jobs", "0"]) == 1
+    assert capsys.readouterr().err == "blip3o: jobs=0: give at least 1.\n"
+    assert not list(tmp_path.iterdir())

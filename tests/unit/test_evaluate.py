@@ -10,7 +10,6 @@ from PIL import Image
 
 from blip3o_core.evaluate import scores, shapes
 from blip3o_core.evaluate.items import DrawItem, Drawn
-from blip3o_core.evaluate.run import ask_items, draw_items
 from blip3o_core.shapes import edits, prompts, questions
 from blip3o_core.shapes.facts import random_scene, realise
 from blip3o_core.shapes.holdout import held_out_facts, is_held_out
@@ -43,6 +42,9 @@ class Oracle:
     def edit(self, images, instructions, *, seeds):
         return [self.targets[text, image.tobytes()] if self.right else image for image, text in zip(images, instructions, strict=True)]
 
+    def describe(self):
+        return {"model": "oracle"}
+
     def ask(self, question, *, images, max_new_tokens):
         return self.answers[question, images[0].tobytes()] if self.right else "I don't know."
 
@@ -74,9 +76,7 @@ def oracle(monkeypatch):
 
 
 def evaluated(pipe, held_out):
-    which = {"held_out": held_out, "per_category": PER_CATEGORY, "seed": 0}
-    drawn = draw_items(pipe, shapes.draw_items(shapes.TASKS, **which), [0, 1], batch_size=5)
-    return [*drawn, *ask_items(pipe, shapes.ask_items(**which))]
+    return shapes.evaluate(pipe, held_out=held_out, per_category=PER_CATEGORY, seeds=2, batch_size=5)[1]
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -28,7 +28,7 @@ ALLOWED = {
     "lora": {"models", "checkpoint", "variants"},
     "shapes": set(),
     "evaluate": {"pipelines", "shapes", "images", "sheets"},
-    "nano": {"models", "checkpoint", "variants", "prompts", "presets", "sampling", "shapes", "train"},
+    "nano": {"evaluate", "pipelines", "models", "checkpoint", "variants", "prompts", "presets", "sampling", "shapes", "train"},
     "data": {"prompts", "images", "models"},
     "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
     "train": {"sheets", "data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
