@@ -67,7 +67,7 @@ def train_nano(
 
     Args:
         jobs: stages that run side by side, each with its share of the CPU's cores. Another number rounds differently.
-        steps, samples: of every stage, and at most so many of every task: a quick run that tests the whole way.
+        steps, samples: of every stage, without validation, and at most so many of every task: a quick run that tests the whole way.
         workers: processes that draw the training pictures; None is one per core.
         scores: measure the model with `blip3o evaluate shapes` and write that into its card.
     Raises: Blip3oError of any kind; what was finished stays.
@@ -160,13 +160,13 @@ def stage_config(output: Path, stage: str, *, seed: int = 0, device: str = "auto
         return tuple(dataclasses.replace(own, path=str(output / own.path)) for own in data)
 
     train = dataclasses.replace(config.train, seed=seed, device=device)
-    optimizer = config.optimizer
+    optimizer, validation = config.optimizer, dataclasses.replace(config.validation, data=placed(config.validation.data))
     if steps is not None:
-        train = dataclasses.replace(train, steps=steps)
+        train, validation = dataclasses.replace(train, steps=steps), dataclasses.replace(validation, every=0)
         optimizer = dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps))
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, path=str(output / stage / START)), train=train, optimizer=optimizer,
-        data=placed(config.data), validation=dataclasses.replace(config.validation, data=placed(config.validation.data)),
+        data=placed(config.data), validation=validation,
         output=dataclasses.replace(config.output, folder=str(output / stage), resume="latest"),
     )  # fmt: skip
 
