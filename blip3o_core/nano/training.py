@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 RECIPES = Path(__file__).parents[1] / "recipes" / "nano"
 DATA, SKELETON, START, MODEL = "data", "skeleton", "start", "model"
 STAGES: dict[str, tuple[str, ...]] = {
-    "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-backbone": (), "5-unified": ("1-clip", "4-backbone"),
+    "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-eyes": (), "5-backbone": ("4-eyes",),
+    "6-unified": ("1-clip", "5-backbone"),
 }  # fmt: skip
 """Stage -> the stages whose networks it learns from. The numbers are the order of the paper."""
 COUNTS = {
-    "contrast": 30_000, "autoencode": 20_000, "understand": 60_000, "text": 40_000, "text_to_image": 100_000, "edit": 60_000,
+    "contrast": 30_000, "autoencode": 20_000, "look": 40_000, "understand": 60_000, "text": 40_000, "text_to_image": 100_000, "edit": 60_000,
     "reconstruct": 15_000,
 }  # fmt: skip
-"""Samples of each task."""
+"""Samples of each set of data; look and understand are both of the task understand."""
 TENSORS = {
     "clip": ("model.gen_vision_tower.",), "backbone": ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
     "vision": ("visual.",), "dit": ("model.dit.",), "latent_queries": ("model.latent_queries",),

@@ -63,16 +63,16 @@ def test_a_run_that_was_killed_and_goes_on_gives_the_weights_of_an_unbroken_one(
 
 def test_a_signal_reaches_the_stages_and_the_same_command_goes_on(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "nano")
-    shutil.rmtree(tmp_path / "nano" / "5-unified")
+    shutil.rmtree(tmp_path / "nano" / "6-unified")
     process = train_nano(tmp_path / "nano", "--steps", 1000)  # too many to finish
-    log = tmp_path / "nano" / "5-unified" / "log.jsonl"
+    log = tmp_path / "nano" / "6-unified" / "log.jsonl"
     while not (log.exists() and '"train"' in log.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert list((tmp_path / "nano" / "5-unified" / "checkpoints").iterdir()), "it has saved"
+    assert list((tmp_path / "nano" / "6-unified" / "checkpoints").iterdir()), "it has saved"
 
 
 def test_the_packed_checkpoint_is_whole_and_small(trained):
