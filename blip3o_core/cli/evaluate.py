@@ -27,6 +27,7 @@ questions. It means something for models that know this world, such as nano. gen
 are written in the layout that the public scorers read, prompts that have theirs are skipped.
 """
 BENCHMARKS = ("shapes", "geneval", "dpg-bench", "wise")
+# as in evaluate/shapes.py, which --help must not import
 TASKS, HEARTS = ("prompts", "understanding", "edits", "reconstruction"), "hearts"
 SHEET_PICTURES = 64  # per group
 ADVICE = "Lower --batch-size."

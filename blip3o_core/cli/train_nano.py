@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="processes that draw the training data (default: one per core)")
     parser.add_argument("--steps", type=int, metavar="N", help="of every stage, in place of what its recipe says")
-    parser.add_argument("--no-scores", action="store_true", help="don't measure the model in the end, which takes a quarter of an hour")
+    parser.add_argument("--no-scores", action="store_true", help="don't measure the model in the end")
     parser.add_argument("--samples", type=int, metavar="N", help="at most so many per task")
 
 

@@ -2,8 +2,8 @@
 
 The DiT, the queries and the decoder as the released code starts them (PyTorch's own initialisation, gates 0, norms 1, queries
 standard normal). The language side is normal with the deviation 1 / sqrt(inputs): transformers' fixed 0.02 is that for 2500 inputs,
-about the width of the published models, and far too little for small ones. With 0.02, nano's vision tower (width 128) was at chance
-after 9,600 pictures of single shapes, and is well above it with this.
+about the width of the published models, and far too little for small ones. With 0.02, nano's vision tower (width 128) was still at
+chance after 9,600 pictures of single shapes (0.19 right of 6 classes); with this it had 0.26 after 6,400.
 """
 
 import torch

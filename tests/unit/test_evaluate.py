@@ -11,7 +11,7 @@ from PIL import Image
 from blip3o_core.evaluate import scores, shapes
 from blip3o_core.evaluate.items import DrawItem, Drawn
 from blip3o_core.shapes import edits, prompts, questions
-from blip3o_core.shapes.facts import random_scene, realise
+from blip3o_core.shapes.facts import realise
 from blip3o_core.shapes.holdout import held_out_facts, is_held_out
 from blip3o_core.shapes.judge import Verdict
 from blip3o_core.shapes.world import render
@@ -105,8 +105,7 @@ def test_held_out_items_show_what_training_never_saw_and_seen_ones_do_not():
         for category in prompts.CATEGORIES:
             for prompt in prompts.make_prompts(category, PER_CATEGORY, seed=0, held_out=held_out):
                 assert bool(held_out_facts(prompt.facts)) == held_out
-        rng = np.random.default_rng(0)
-        assert is_held_out(random_scene(rng, refuse=lambda scene, wanted=held_out: is_held_out(scene) != wanted)) == held_out
+        assert is_held_out(shapes._scene(np.random.default_rng(0), held_out)) == held_out
 
 
 def test_a_batch_never_mixes_prompts_and_edits_and_holds_at_most_so_many(oracle):
