@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from ..errors import DataError, InputError
 from ..files import require_writable, whole_file, write_text
+from ..presets import PRESETS
 from . import edits, prompts, questions, texts
+from .doodles import doodled_picture
 from .facts import random_scene
 from .holdout import is_held_out
 from .language import caption, detailed_caption
@@ -28,10 +30,11 @@ from .world import Scene, pick, render
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
 """What the data was made with; another seed or number in the same folder is refused."""
-VERSION = 2  # of what the generator makes from a seed; raise it whenever a sample changes
+VERSION = 3  # of what the generator makes from a seed; raise it whenever a sample changes
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
+_DIFFICULTY = {"shape": 2.0, "where": 2.0, "list": 1.5, "background": 0.5}  # kind of question -> how often, next to the others
 
 
 def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int], workers: int = 1) -> dict[str, Path]:
@@ -139,6 +142,10 @@ def _picture(rng: np.random.Generator) -> Members:
     return {"png": png(render(random_scene(rng, refuse=is_held_out)))}
 
 
+def _decodable(rng: np.random.Generator) -> Members:
+    return {"png": png(doodled_picture(rng))} if rng.random() < 0.2 else _picture(rng)
+
+
 def _edit(rng: np.random.Generator) -> Members:
     edit = edits.make_edit(pick(rng, edits.KINDS), rng)
     return {
@@ -148,18 +155,29 @@ def _edit(rng: np.random.Generator) -> Members:
 
 
 def _understand(rng: np.random.Generator) -> Members:
-    """Three to six questions about a picture in any order, sometimes with the wish to have it described.
+    """One to three questions about a picture in any order, sometimes with the wish to have it described.
 
-    Many at once, and many pictures of one object: eyes that start from nothing learn shapes only where answers depend on them. With
-    one to three questions and even numbers of objects, nano had seen 48,000 pictures and still guessed shapes.
+    Few at once, because the loss is a mean over the words of a conversation's answers: among the many of a list, the one that names a
+    shape or a place hardly counts.
     """
     scene = random_scene(rng, objects=pick(rng, (1, 1, 1, 2, 2, 3, 3, 4)), refuse=is_held_out)
+    if rng.random() < 0.1:
+        return _conversation(scene, [_description(scene, rng)])
     asked = questions.questions(scene, rng)
-    turns = [(asked[index].text, asked[index].answer) for index in rng.permutation(len(asked))[: int(rng.integers(3, 7))].tolist()]
-    if rng.random() < 0.3:
-        description = pick(rng, (("Describe the picture.", caption), ("Describe the picture in detail.", detailed_caption)))
-        turns.insert(int(rng.integers(len(turns) + 1)), (description[0], description[1](scene, rng)))
-    return _conversation(scene, turns)
+    weights = np.array([_DIFFICULTY.get(question.kind, 1.0) for question in asked])
+    number = min(len(asked), pick(rng, (1, 1, 2, 3)))
+    chosen = rng.choice(len(asked), number, replace=False, p=weights / weights.sum())
+    return _conversation(scene, [(asked[index].text, asked[index].answer) for index in chosen.tolist()])
+
+
+def _description(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A wish in few words or in those of a preset, and what fulfils it."""
+    short, detailed = PRESETS["short_caption"].question, PRESETS["detailed_caption"].question
+    request, describe = pick(rng, (
+        *4 * [("Describe the picture.", caption)], *4 * [("Describe the picture in detail.", detailed_caption)],
+        (short, caption), (detailed, detailed_caption),
+    ))  # fmt: skip
+    return request, describe(scene, rng)
 
 
 def _look(rng: np.random.Generator) -> Members:
@@ -190,5 +208,5 @@ def _text_record(rng: np.random.Generator) -> dict[str, str]:
 
 _MAKERS: dict[str, Callable[[np.random.Generator], Members]] = {
     "text_to_image": _captioned, "contrast": _captioned, "edit": _edit, "understand": _understand, "look": _look, "reconstruct": _picture,
-    "decode": _picture, "autoencode": _picture,
+    "decode": _decodable, "autoencode": _picture,
 }  # fmt: skip

@@ -4,7 +4,7 @@ Lengths are fractions of the picture's side, from its upper left corner; x point
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 T = TypeVar("T")
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
+Outline = list[tuple[list[Point], bool]]
+"""Polygons within -1..1, and whether each is a hole in those before."""
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 HEART = "heart"
@@ -137,22 +139,25 @@ def random_centre(rng: np.random.Generator, size: str, place: str | None = None)
     return x, y
 
 
-def render(scene: Scene, side: int = 128) -> Image.Image:
-    """The picture, RGB, side x side, antialiased. The same scene always gives the same pixels."""
+def render(scene: Scene, side: int = 128, *, outline_of: Callable[[str], Outline] | None = None) -> Image.Image:
+    """The picture, RGB, side x side, antialiased. The same scene always gives the same pixels.
+
+    outline_of: shape -> what to draw; None draws the shape (`outline`).
+    """
     large = side * SUPERSAMPLING
     picture = Image.new("RGB", (large, large), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(picture)
     for thing in scene.objects:
         fill = COLOURS[thing.colour]
-        for polygon, is_hole in outline(thing.shape):
+        for polygon, is_hole in (outline_of or outline)(thing.shape):
             points = [tuple((centre + value * thing.radius) * large - 0.5 for centre, value in zip(thing.centre, point, strict=True))
                       for point in polygon]  # fmt: skip
             draw.polygon(points, fill=BACKGROUNDS[scene.background] if is_hole else fill)
     return picture.reduce(SUPERSAMPLING)
 
 
-def outline(shape: str) -> list[tuple[list[Point], bool]]:
-    """Polygons within -1..1, and whether each is a hole in those before. The box around them is centred and 2 wide (square: 1.8).
+def outline(shape: str) -> Outline:
+    """The box around it is centred and 2 wide (square: 1.8).
 
     shape: of SHAPES, or HEART.
     """

@@ -47,7 +47,7 @@ def test_every_task_is_read_by_its_reader(tmp_path, task):
         for content in (*sample.images, *filter(None, [sample.target])):
             picture = Image.open(io.BytesIO(content))
             assert (picture.size, picture.mode) == ((128, 128), "RGB")
-            assert not is_held_out(detect(picture))
+            assert task == "decode" or not is_held_out(detect(picture))  # doodles in decode have no shape that could be
     assert len({(sample.text, sample.turns, sample.target) for sample in found}) > 1
 
 
