@@ -1,5 +1,8 @@
 """Configuration -> the networks of a run: which are loaded, in which precision, which of their weights train."""
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -130,6 +133,8 @@ def build_model(
         for network in (language_model, vision, model.unet):
             if network is not None:
                 write_out_attention(network)
+    if config.train.compile:
+        _compile(model)
     if not model.trained():
         raise ConfigError("nothing would train. Check train.method, train.parts and lora.parts.")
     return model
@@ -146,6 +151,18 @@ def _load_decoder_part(
     if part in config.train.fresh:
         start_afresh(network, part, config.train.seed)
     return network.requires_grad_(trained)
+
+
+def _compile(model: TrainingModel) -> None:
+    """In place, so that names and weights stay as they are; torch compiles at the first step. Raises ConfigError without a compiler."""
+    if model.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError("train.compile needs a C++ compiler on the CPU, and there is no g++ (or what the variable CXX names). Install "
+                          "one, or set train.compile = false.")
+    if model.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("train.compile needs triton on CUDA, which is not installed. Install it, or set train.compile = false.")
+    for network in (model.dit, model.backbone and model.backbone.language_model, model.unet):
+        if network is not None:
+            network.compile()
 
 
 def _checkpoint_layers(model: TrainingModel) -> list[nn.Module]:

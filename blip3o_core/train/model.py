@@ -94,11 +94,10 @@ class TrainingModel(nn.Module):
 
     def velocity(self, x: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         """The DiT, its layers recomputed in the backward pass if asked for."""
-        run_layer = None
-        if self.checkpoint_layers and torch.is_grad_enabled():
-            run_layer = lambda index, layer, hidden: checkpoint(layer, hidden, use_reentrant=False)  # noqa: E731
-        return self.dit.denoise(x, timestep, self.dit.encode_condition(states), attend=training_attend(self.device),
-                                run_layer=run_layer)  # fmt: skip
+        attend = training_attend(self.device)
+        if not (self.checkpoint_layers and torch.is_grad_enabled()):
+            return self.dit(x, timestep, states, attend=attend)  # as a call: what torch.compile replaces
+        return self.dit.denoise(x, timestep, self.dit.encode_condition(states), attend=attend, run_layer=_recomputed)
 
     def answer_logits(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[int]]:
         """Logits only where an answer is learned -> (n, vocabulary), the right ids (n,), and how many each example has.
@@ -128,3 +127,7 @@ class TrainingModel(nn.Module):
     def language_dtype(self) -> torch.dtype:
         """Of the backbone's weights."""
         return self.backbone.language_model.embed_tokens.weight.dtype
+
+
+def _recomputed(index: int, layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return checkpoint(layer, hidden, use_reentrant=False)

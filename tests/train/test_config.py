@@ -89,6 +89,7 @@ def test_values_out_of_range_are_refused(word, message):
     (["data.0.task=understand", "data.0.caption_dropout=0.1"], "data.0.caption_dropout: has no effect on the task understand"),
     (["data.0.task=edit", "data.0.flip=0.5"], "data.0.flip: mirrored pictures contradict the words left and right"),
     (["data.0.task=edit", "data.0.crop=random"], "source and target would show different parts"),
+    (["train.compile=true", "train.gradient_checkpointing=true"], "don't work together"),
     (["data.0.weight=2", "data.0.repeats=3"], "data.0: weight = 2 and repeats = 3 contradict each other"),
     (["data.0.format=folder", "data.0.samples=3"], "data.0.samples is only for tars"),
     (["validation.data.0.task=text", "validation.data.0.flip=1"], "validation.data.0.flip: the task text has no pictures"),

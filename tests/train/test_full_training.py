@@ -6,6 +6,7 @@ One short run per part, in the order in which a small model is made: language, e
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_gradients_reach_all_that_trains_and_nothing_else(name, checkpointing, d
     modules = [module for network in (model, *networks) for module in network.modules() if list(module.parameters())]
     in_training = {module for module in modules if module.training}
     assert in_training <= {inner for module in model.active for inner in module.modules()}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_a_compiled_dit_learns_the_same(data, tmp_path):
+    """Language model and UNet were seen to pass as well; each takes minutes to compile."""
+    gradients = {}
+    for compiled in (False, True):
+        prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image"], "train.method=full", 'train.parts=["dit"]',
+                                           f"train.compile={str(compiled).lower()}"))  # fmt: skip
+        assert (prepared.model.dit._compiled_call_impl is not None) == compiled
+        gradients[compiled] = prepared.gradients()
+    assert gradients[True].keys() == gradients[False].keys()
+    for parameter, gradient in gradients[False].items():
+        assert (gradients[True][parameter] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), parameter
+
+
+def test_compiling_without_a_compiler_is_refused_before_training(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"train.compile needs a C\+\+ compiler"):
+        prepare(training_config(data, tmp_path / "out", ["text_to_image"], "train.compile=true"))
 
 
 def test_tied_embeddings_in_bfloat16(data, checkpoint_copy, tmp_path):

@@ -118,6 +118,7 @@ def accelerator(kind: str = "FSDP", version: int = 2, precision: str = "bf16", *
     ({"precision": "fp16"}, {}, "fp16"),
     ({}, {"optimizer": {"name": "prodigy"}}, "optimizer.name is prodigy"),
     ({}, {"lora": {"dora": True}}, "lora.dora"),
+    ({}, {"train": {"compile": True}}, "train.compile"),
     ({}, {"samples": {"every": 5, "prompts": ["a cat"]}}, "samples.every"),
 ])  # fmt: skip
 def test_what_a_sharded_run_can_not_do_is_said(launched, sections, said, train_config, material):
