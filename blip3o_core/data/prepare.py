@@ -17,6 +17,8 @@ from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
 from .transforms import augment
 
 PROMPT_IMAGE_SIDE = 448  # of pictures before an instruction, as when drawing
+LABELS = 16
+"""Different labels in one channel of a map."""
 DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
 
 
@@ -37,6 +39,7 @@ class Example:
     states: Tensor | None = None  # cached query states (Q, H)
     target_key: str = ""
     states_key: str = ""
+    label_shares: Tensor | None = None  # (channels, cells, LABELS) of each cell's area
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Preparer:
                 self._target(example, sample, flipped)
             elif sample.task in WRITING_TASKS:
                 self._conversation(example, sample, flipped)
+            elif sample.task == "segment":
+                self._segments(example, sample, flipped)
             else:
                 self._picture(example, sample, flipped)
         except (InputError, OSError) as error:
@@ -136,6 +141,12 @@ class Preparer:
         if not any(example.learned):
             raise BrokenSample(sample.name, "the conversation has no answer to learn")
 
+    def _segments(self, example: Example, sample: Sample, flipped: bool) -> None:
+        picture, labels = (mirrored(open_picture(source, sample.name), flipped) for source in (sample.images[0], sample.target))
+        example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
+        rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
+        example.label_shares = label_shares(labels, rows, columns)
+
     @property
     def _pixel_bounds(self) -> dict[str, int]:
         if self.image_side is None:
@@ -162,6 +173,19 @@ class Preparer:
         picture = picture or self._augmented(example, sample, flipped)
         square = picture_square(picture, self.picture_size)
         example.picture = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def label_shares(labels: Image.Image, rows: int, columns: int) -> Tensor:
+    """How much of each cell of a grid each label covers (channels, rows * columns, LABELS), float32, each row sums to 1.
+
+    labels: a picture whose channels are maps of labels, each below LABELS. Raises InputError for a larger one.
+    """
+    side = 8  # samples of a cell along each axis
+    sampled = np.asarray(labels.resize((columns * side, rows * side), Image.Resampling.NEAREST))  # (H, W, channels)
+    if int(sampled.max()) >= LABELS:
+        raise InputError(f"a map of labels holds {int(sampled.max())}; labels are 0 to {LABELS - 1}.")
+    cells = sampled.reshape(rows, side, columns, side, -1).transpose(4, 0, 2, 1, 3).reshape(sampled.shape[2], rows * columns, side * side)
+    return torch.from_numpy((cells[..., None] == np.arange(LABELS)).mean(axis=2, dtype=np.float32))
 
 
 def possible(share: float) -> tuple[bool, ...]:

@@ -1,4 +1,4 @@
-"""Tars in the layout of the webdataset library, streamed: {key}.jpg beside {key}.txt or {key}.json.
+"""Tars in the layout of the webdataset library, streamed: {key}.jpg beside {key}.txt, {key}.json or {key}.labels.png.
 
 Only local files are opened, and by this module: webdataset itself would run `pipe:` commands and download.
 """
@@ -117,6 +117,8 @@ def read_sample(name: str, task: str, members: dict[str, Any]) -> Sample:
     if task == "edit":
         return Sample(name, task, text=_text(name, members, "instruction"), images=(_picture(name, members, "source."),),
                       target=_picture(name, members, "target."))
+    if task == "segment":
+        return Sample(name, task, images=(_picture(name, members),), target=_picture(name, members, "labels."))
     if task in WRITING_TASKS:
         record = _json(name, members)
         pictures = [suffix for suffix in PICTURES if suffix in members]

@@ -42,10 +42,10 @@ STAGES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Stage -> the stages whose networks it learns from. The numbers are the order of the paper."""
 COUNTS = {
-    "contrast": 30_000, "autoencode": 20_000, "decode": 60_000, "look": 40_000, "understand": 100_000, "text": 40_000,
+    "contrast": 30_000, "autoencode": 20_000, "decode": 60_000, "segment": 60_000, "understand": 100_000, "text": 40_000,
     "text_to_image": 100_000, "edit": 60_000, "reconstruct": 15_000,
 }  # fmt: skip
-"""Samples of each set of data; look and understand are both of the task understand."""
+"""Samples of each task."""
 TENSORS = {
     "clip": ("model.gen_vision_tower.",), "backbone": ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
     "vision": ("visual.",), "dit": ("model.dit.",), "latent_queries": ("model.latent_queries",),

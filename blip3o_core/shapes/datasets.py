@@ -25,7 +25,7 @@ from .doodles import doodled_picture
 from .facts import random_scene
 from .holdout import is_held_out
 from .language import caption, detailed_caption
-from .world import Scene, pick, render
+from .world import Scene, label_map, pick, render
 
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
@@ -38,7 +38,7 @@ _DIFFICULTY = {"shape": 2.0, "where": 2.0, "list": 1.5, "background": 0.5}  # ki
 
 
 def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int], workers: int = 1) -> dict[str, Path]:
-    """Writes so many samples for each task, without held-out combinations; "look" is a second set for the task understand.
+    """Writes so many samples for each task, without held-out combinations.
 
     Args:
         workers: processes that draw shards; the result doesn't depend on their number.
@@ -180,17 +180,9 @@ def _description(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return request, describe(scene, rng)
 
 
-def _look(rng: np.random.Generator) -> Members:
-    """One short question about a picture of one or two objects, mostly for a shape: what eyes that start from nothing begin with.
-
-    Colours are learned within minutes, shapes aren't: among other questions, or from captions (contrast), the vision tower was still
-    guessing them after 48,000 pictures.
-    """
-    question = None
-    while question is None:
-        scene = random_scene(rng, objects=pick(rng, (1, 1, 1, 1, 2)), refuse=is_held_out)
-        question = questions.ask(pick(rng, ("shape", "shape", "shape", "shape", "where", "colour")), scene, rng)
-    return _conversation(scene, [(question.text, question.answer)])
+def _segment(rng: np.random.Generator) -> Members:
+    scene = random_scene(rng, refuse=is_held_out)
+    return {"png": png(render(scene)), "labels.png": png(label_map(scene))}
 
 
 def _conversation(scene: Scene, turns: list[tuple[str, str]]) -> Members:
@@ -207,6 +199,6 @@ def _text_record(rng: np.random.Generator) -> dict[str, str]:
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator], Members]] = {
-    "text_to_image": _captioned, "contrast": _captioned, "edit": _edit, "understand": _understand, "look": _look, "reconstruct": _picture,
-    "decode": _decodable, "autoencode": _picture,
+    "text_to_image": _captioned, "contrast": _captioned, "edit": _edit, "understand": _understand, "segment": _segment,
+    "reconstruct": _picture, "decode": _decodable, "autoencode": _picture,
 }  # fmt: skip

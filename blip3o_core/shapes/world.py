@@ -144,16 +144,32 @@ def render(scene: Scene, side: int = 128, *, outline_of: Callable[[str], Outline
 
     outline_of: shape -> what to draw; None draws the shape (`outline`).
     """
-    large = side * SUPERSAMPLING
-    picture = Image.new("RGB", (large, large), BACKGROUNDS[scene.background])
+    picture = _paint(scene, side * SUPERSAMPLING, BACKGROUNDS[scene.background], lambda thing: COLOURS[thing.colour], outline_of or outline)
+    return picture.reduce(SUPERSAMPLING)
+
+
+def label_map(scene: Scene, side: int = 128) -> Image.Image:
+    """What each pixel shows, as RGB: number of the shape, of the colour, of the size; all 0 where there is no object."""
+    names = (SHAPES, tuple(COLOURS), tuple(SIZES))
+
+    def labels(thing: Object) -> RGB:
+        red, green, blue = (1 + own.index(name) for own, name in zip(names, (thing.shape, thing.colour, thing.size), strict=True))
+        return red, green, blue
+
+    return _paint(scene, side, (0, 0, 0), labels, outline)
+
+
+def _paint(
+    scene: Scene, side: int, ground: RGB, fill: Callable[[Object], RGB], outline_of: Callable[[str], Outline]
+) -> Image.Image:  # fmt: skip
+    picture = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(picture)
     for thing in scene.objects:
-        fill = COLOURS[thing.colour]
-        for polygon, is_hole in (outline_of or outline)(thing.shape):
-            points = [tuple((centre + value * thing.radius) * large - 0.5 for centre, value in zip(thing.centre, point, strict=True))
+        for polygon, is_hole in outline_of(thing.shape):
+            points = [tuple((centre + value * thing.radius) * side - 0.5 for centre, value in zip(thing.centre, point, strict=True))
                       for point in polygon]  # fmt: skip
-            draw.polygon(points, fill=BACKGROUNDS[scene.background] if is_hole else fill)
-    return picture.reduce(SUPERSAMPLING)
+            draw.polygon(points, fill=ground if is_hole else fill(thing))
+    return picture
 
 
 def outline(shape: str) -> Outline:

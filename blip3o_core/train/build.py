@@ -23,6 +23,7 @@ from .frozen import FrozenNetworks, Sources
 from .model import TrainingModel
 from .noise import hashed_seed
 from .objectives import TRAINS, build_objectives
+from .segmentation import segmentation_head
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -110,6 +111,10 @@ def build_model(
             torch.manual_seed(hashed_seed(config.train.seed, "text tower"))
             block_side = sources.require_vision_encoder().config.image_size // 8 if config.objective.pixel_weight else 0
             networks["text_tower"] = TextTower(source.tokenizer.vocabulary_size, source.dit_config.in_channels, block_side).to(device)
+    if "segment" in tasks:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hashed_seed(config.train.seed, "segmentation head"))
+            networks["segmentation_head"] = segmentation_head(source.text_config.hidden_size).to(device)
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:

@@ -279,7 +279,7 @@ def _require_sensible(section: str, data: DataOptions) -> None:
         raise ConfigError(f"{section}.flip: mirrored pictures contradict the words left and right of the task {data.task}. Remove it.")
     if data.flip and data.task == "text":
         raise ConfigError(f"{section}.flip: the task text has no pictures. Remove it.")
-    if data.crop == "random" and data.task in ("edit", "understand", "text"):
+    if data.crop == "random" and data.task in ("edit", "understand", "text", "segment"):
         raise ConfigError(f'{section}.crop = "random" has no use for the task {data.task}'
                           f"{': source and target would show different parts' if data.task == 'edit' else ''}. Remove it.")
     if data.weight and data.repeats != 1:

@@ -84,7 +84,7 @@ def open_training_sets(options: Sequence[DataOptions], config: TrainConfig, sour
 
 def _preparer(options: DataOptions, config: TrainConfig, sources: Sources, caches: Caches) -> Preparer:
     eva_size = sources.vision_encoder.config.image_size if sources.vision_encoder is not None else 0
-    if options.task not in ("understand", "text", "autoencode") and not eva_size:
+    if options.task not in ("understand", "text", "autoencode", "segment") and not eva_size:
         sources.require_vision_encoder()
     return Preparer(
         tokenizer=sources.checkpoint.tokenizer,

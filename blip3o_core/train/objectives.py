@@ -17,11 +17,13 @@ from .denoising import denoising_objective
 from .losses import answer_cross_entropy, flow_matching
 from .model import Objective, TrainingModel
 from .noise import Draw, flow_draws
+from .segmentation import segmentation_objective
 
 UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
 TRAINS = {
     "text_to_image": UNIFIED_PARTS, "edit": UNIFIED_PARTS | {"vision"}, "reconstruct": UNIFIED_PARTS | {"vision"},
     "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"}, "autoencode": {"vae"},
+    "segment": {"vision"},
 }  # fmt: skip
 """Which parts the loss of a task reaches."""
 
@@ -30,7 +32,7 @@ def build_objectives(options: ObjectiveOptions, tasks: Sequence[str]) -> dict[st
     """The objective of each task; tasks that share one run as one batch."""
     makers = {
         flow_matching_objective: GENERATION_TASKS, cross_entropy_objective: WRITING_TASKS, denoising_objective: ("decode",),
-        contrastive_objective: ("contrast",), autoencoding_objective: ("autoencode",),
+        contrastive_objective: ("contrast",), autoencoding_objective: ("autoencode",), segmentation_objective: ("segment",),
     }  # fmt: skip
     made: dict[str, Objective] = {}
     for maker, own_tasks in makers.items():

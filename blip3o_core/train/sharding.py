@@ -67,7 +67,7 @@ def require_shardable(accelerator: "Accelerator", config: TrainConfig) -> None:
 def _require_one_path(config: TrainConfig) -> None:
     """All batches must pass the same blocks: a process that meets a task alone would wait for the others for ever."""
     tasks = {data.task for data in [*config.data, *config.validation.data]}
-    for task in ("contrast", "autoencode"):
+    for task in ("contrast", "autoencode", "segment"):
         if task in tasks:
             raise ConfigError(f"data with task = {task!r} can't be trained with sharded weights. Launch without FSDP: these networks are "
                               "small enough.")

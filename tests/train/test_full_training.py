@@ -30,6 +30,7 @@ EVA = "model.gen_vision_tower.vision_tower.model."
 RUNS = {
     "backbone": (["backbone"], ["understand", "text"], 3e-3, (*LANGUAGE, "lm_head."), ()),
     "vision": (["vision"], ["understand"], 3e-3, ("visual.",), ()),
+    "vision, by labels": (["vision"], ["segment"], 3e-3, ("visual.",), ()),
     "drawing": (["dit", "latent_queries"], ["text_to_image", "edit", "reconstruct"], 3e-3, (DIT, "model.latent_queries"), ()),
     "decoder": (["decoder"], ["decode"], 3e-3, ("unet.",), ()),
     "decoder, cached": (["decoder"], ["decode"], 3e-3, ("unet.",), ("cache.enabled=true",)),
@@ -93,7 +94,7 @@ def test_the_exported_tensors_are_the_trained_ones(finished):
     for key, value in trained.items():
         prefix = next((prefix for prefix in names if key.startswith(prefix)), None)
         if prefix is None:
-            assert key.startswith("text_tower.")
+            assert key.startswith(("text_tower.", "segmentation_head."))
             continue
         assert torch.equal(new[names[prefix] + key.removeprefix(prefix)], value), key
         found += 1

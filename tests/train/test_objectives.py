@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from blip3o_core.data.prepare import Augmentation, Preparer
+from blip3o_core.data.prepare import LABELS, Augmentation, Preparer, label_shares
 from blip3o_core.data.sample import Sample
+from blip3o_core.errors import InputError
 from blip3o_core.images import qwen_pixel_values
 from blip3o_core.models.layers import attend
 from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
@@ -273,6 +275,32 @@ def test_the_form_of_the_prompt_reaches_the_data(data, tmp_path, tokenizer):
     for form, closed in (("inference", False), ("reference", True)):
         prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image"], f"train.prompt_form={form}"), per_task=1)
         assert prepared.examples[0].ids == tokenizer.training_ids("a red square", closed=closed)
+
+
+# segment
+
+
+def test_shares_of_labels_in_the_cells():
+    labels = Image.new("RGB", (56, 28))
+    labels.paste((3, 0, 15), (14, 0, 28, 28))  # half of the first cell
+    shares = label_shares(labels, 1, 2)
+    assert shares.shape == (3, 2, LABELS)
+    assert shares[0, 0, 3] == shares[0, 0, 0] == shares[2, 0, 15] == 0.5
+    assert (shares[:, 1, 0] == 1).all() and shares[1, 0, 0] == 1 and (shares.sum(dim=2) == 1).all()
+    with pytest.raises(InputError, match="a map of labels holds 16; labels are 0 to 15"):
+        label_shares(Image.new("RGB", (28, 28), (16, 0, 0)), 1, 1)
+
+
+def test_the_loss_of_labels_is_a_cross_entropy_in_every_cell(data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", "vision", "segment")
+    model, examples = prepared.model, prepared.examples
+    for example, found in zip(examples, prepared.losses(), strict=True):
+        logits = model.segmentation_head(model.image_features([example])[0])  # (cells, 3 * LABELS)
+        parts = [F.cross_entropy(own, example.label_shares[channel]) for channel, own in enumerate(logits.split(LABELS, dim=1))]
+        assert relative_error(found, sum(parts)) <= 1e-5
+    rows = examples[0].label_shares[1].view(*(int(length) // 2 for length in examples[0].grid_thw[0, 1:]), LABELS)
+    assert rows[0, 0, 0] > 0.5 and rows[0, -1, 0] > 0.8  # the square is left of the middle
+    assert rows[0, 0, 1] > 0.3
 
 
 # contrast

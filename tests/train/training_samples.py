@@ -1,6 +1,7 @@
 """A few small pictures with words, and configurations and models over them: what the tests of training share."""
 
 import json
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,24 @@ from blip3o_core.train.run import Opened, open_run
 DATA = Path(__file__).parents[1] / "data" / "sdxl"
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 80, 220), "yellow": (240, 200, 40)}
 SOURCES = {"text_to_image": "pictures", "reconstruct": "pictures", "decode": "pictures", "contrast": "pictures", "autoencode": "pictures",
-           "edit": "edits.json", "understand": "questions.json", "text": "text.jsonl"}  # fmt: skip
+           "segment": "segments.tar", "edit": "edits.json", "understand": "questions.json", "text": "text.jsonl"}  # fmt: skip
 
 
 def write_data(folder: Path) -> Path:
-    """Pictures with captions, edits, questions and text."""
+    """Pictures with captions, maps of labels, edits, questions and text."""
     (folder / "pictures").mkdir(parents=True)
     for number, (name, colour) in enumerate(COLOURS.items()):
         image = Image.new("RGB", (96, 80), "white")
         ImageDraw.Draw(image).rectangle((20, 15, 60, 65), fill=colour)
         image.save(folder / f"pictures/{number}.png")
         (folder / f"pictures/{number}.txt").write_text(f"a {name} square")
+    with tarfile.open(folder / "segments.tar", "w") as tar:
+        for number in range(2):
+            labels = Image.new("RGB", (96, 80))
+            ImageDraw.Draw(labels).rectangle((20, 15, 60, 65), fill=(1, 1 + number, 0))
+            labels.save(folder / f"{number}.labels.png")
+            tar.add(folder / f"pictures/{number}.png", f"{number}.png")
+            tar.add(folder / f"{number}.labels.png", f"{number}.labels.png")
     edits = [{"source": "pictures/0.png", "instruction": "make it blue", "target": "pictures/2.png"},
              {"source": "pictures/2.png", "instruction": "make it red", "target": "pictures/0.png"}]  # fmt: skip
     questions = [

@@ -21,6 +21,7 @@ from blip3o_core.shapes.world import (
     contrasts,
     is_in_place,
     is_possible,
+    label_map,
     place_of,
     render,
 )
@@ -33,6 +34,20 @@ def test_the_same_seed_gives_the_same_pixels_and_another_seed_others():
 
     assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
+
+
+def test_maps_of_labels_lie_under_their_pictures():
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        scene = random_scene(rng)
+        picture, labels = np.asarray(render(scene), int), np.asarray(label_map(scene))
+        inside = labels.any(axis=2)
+        for thing in scene.objects:
+            numbers = [1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour), 1 + (thing.size == "large")]
+            own = (labels == numbers).all(axis=2)
+            assert own.sum() > 100
+            assert (np.abs(picture[own] - COLOURS[thing.colour]).sum(axis=1) < 10).mean() > 0.6  # all but the antialiased edge
+        assert (np.abs(picture[~inside] - BACKGROUNDS[scene.background]).sum(axis=1) < 10).mean() > 0.95
 
 
 def test_objects_never_overlap_leave_the_picture_or_vanish_in_the_background():
