@@ -39,7 +39,9 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         noise = drawn.noise.to(latents)
         noisy = rate.sqrt() * latents + (1 - rate).sqrt() * noise
         predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])
-        return (predicted.float() - noise).square().flatten(1).mean(dim=1)
+        error = (predicted.float() - noise).square().flatten(1).mean(dim=1)
+        # The error of the velocity is that of the noise divided by the signal's share (arXiv:2202.00512), where pictures take shape.
+        return error / rate.flatten().clamp(min=1 / options.noisy_weight)
 
     return losses
 

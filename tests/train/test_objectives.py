@@ -108,10 +108,12 @@ def scheduler(cls):
     return cls.from_config({key: value for key, value in fields.items() if not key.startswith("_") and key != "timestep_type"})
 
 
-def test_the_denoising_loss_is_the_one_built_by_hand(data, tmp_path, relative_error):
+@pytest.mark.parametrize("noisy_weight", [1, 4])
+def test_the_denoising_loss_is_the_one_built_by_hand(noisy_weight, data, tmp_path, relative_error):
     from diffusers import DDPMScheduler
 
-    prepared = full(data, tmp_path / "out", "decoder", "decode", "objective.condition_dropout=0.5")
+    prepared = full(data, tmp_path / "out", "decoder", "decode", "objective.condition_dropout=0.5",
+                    f"objective.noisy_weight={noisy_weight}")  # fmt: skip
     model, frozen, examples = prepared.model, prepared.frozen, prepared.examples * 3
     own = draws(len(examples))
     losses = model(examples, own)
@@ -128,7 +130,8 @@ def test_the_denoising_loss_is_the_one_built_by_hand(data, tmp_path, relative_er
         time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 32.0, 32.0]])
         predicted = model.unet(noisy, timestep, encoder_hidden_states=context,
                                added_cond_kwargs={"text_embeds": context.mean(dim=1), "time_ids": time_ids}).sample  # fmt: skip
-        wanted.append(F.mse_loss(predicted, drawn.noise[index : index + 1]))
+        weight = min(noisy_weight, 1 / scheduler(DDPMScheduler).alphas_cumprod[timestep].item())
+        wanted.append(weight * F.mse_loss(predicted, drawn.noise[index : index + 1]))
     assert relative_error(losses, torch.stack(wanted)) <= 1e-5
 
 
