@@ -84,6 +84,9 @@ class ObjectiveOptions:
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
     pixel_weight: float = option(0.0, "contrast: weight of the squared error with which a linear map finds the pixels in the embedding; "
                                  "above 0 embeddings keep the detail that a decoder needs", minimum=0)
+    counted_positions: float = option(0.0, "understand: share of conversations whose positions count up through pictures, as they do when "
+                                      "drawing, in place of Qwen's rows and columns; a backbone from nothing needs both",
+                                      minimum=0, maximum=1)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, 10 makes small decoders follow their condition sooner", minimum=1)
     whitening_weight: float = option(0.0, "contrast: weight of a penalty that makes the embedding's channels uncorrelated, mean 0 and "

@@ -101,16 +101,17 @@ class TrainingModel(nn.Module):
             return self.dit(x, timestep, states, attend=attend)  # as a call: what torch.compile replaces
         return self.dit.denoise(x, timestep, self.dit.encode_condition(states), attend=attend, run_layer=_recomputed)
 
-    def answer_logits(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[int]]:
+    def answer_logits(self, examples: Sequence[Example], counted: Sequence[bool]) -> tuple[Tensor, Tensor, list[int]]:
         """Logits only where an answer is learned -> (n, vocabulary), the right ids (n,), and how many each example has.
 
-        Positions of text and image cells as in understanding (M-RoPE); padding behind each row needs no mask.
+        Positions of text and image cells as in understanding (M-RoPE), or counted up as in drawing for the examples that are `counted`;
+        padding behind each row needs no mask.
         """
         rows, positions = [], []
-        for example, features in zip(examples, self.image_features(examples), strict=True):
+        for example, features, counts_up in zip(examples, self.image_features(examples), counted, strict=True):
             rows.append(self.backbone.embed(example.ids, device=self.device, dtype=self.language_dtype, image_features=features,
                                             image_token_id=self.image_pad_id))  # fmt: skip
-            grids = [] if example.grid_thw is None else merged_grids(example.grid_thw)
+            grids = [] if example.grid_thw is None or counts_up else merged_grids(example.grid_thw)
             positions.append(multimodal_positions(example.ids, self.image_pad_id if grids else None, grids)[0])
         longest = max(map(len, rows))
         longest += -longest % LENGTH_MULTIPLE

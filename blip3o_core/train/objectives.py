@@ -6,6 +6,7 @@ own, and a line in `build_objectives`. Source of the published ones: arXiv:2505.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..data.prepare import Example
@@ -62,6 +63,7 @@ def cross_entropy_objective(options: ObjectiveOptions) -> Objective:
     """Next-token prediction of the assistant's turns, averaged over each conversation."""
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
-        return answer_cross_entropy(*model.answer_logits(examples))
+        counted = [draw.training and torch.rand((), generator=draw.generator()).item() < options.counted_positions for draw in draws]
+        return answer_cross_entropy(*model.answer_logits(examples, counted))
 
     return losses

@@ -214,6 +214,18 @@ def test_answers_cost_what_transformers_says(data, tmp_path, relative_error):
     assert relative_error(ours[0], theirs) <= 1e-5
 
 
+def test_positions_may_count_up_through_pictures_as_in_drawing(data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", "backbone", "understand", "objective.counted_positions=1")
+    model, [example] = prepared.model, prepared.examples[:1]
+    row = model.backbone.embed(example.ids, device=model.device, dtype=torch.float32, image_token_id=model.image_pad_id,
+                               image_features=model.image_features([example])[0])  # fmt: skip
+    logits = model.output_head(model.backbone.decode(row[None], torch.arange(len(row)).expand(3, 1, -1)))[0]
+    learned = [at for at, is_learned in enumerate(example.learned) if is_learned]
+    wanted = F.cross_entropy(logits[[at - 1 for at in learned]], torch.tensor([example.ids[at] for at in learned]))
+    assert relative_error(model([example], draws(1))[0], wanted) <= 1e-5
+    assert relative_error(model([example], draws(1, training=False))[0], wanted) > 1e-4  # validation asks as chats do
+
+
 def test_learned_tokens_are_the_answers_and_their_ends(tokenizer):
     turns = (("user", "What is this?"), ("assistant", "a red square"), ("user", "Sure?"), ("assistant", "yes"))
     ids, learned = tokenizer.conversation_ids(turns, [4, 6])
