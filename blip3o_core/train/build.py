@@ -165,7 +165,7 @@ def _compile(model: TrainingModel) -> None:
                           "one, or set train.compile = false.")
     if model.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError("train.compile needs triton on CUDA, which is not installed. Install it, or set train.compile = false.")
-    for network in (model.dit, model.backbone and model.backbone.language_model, model.unet):
+    for network in (model.dit, model.backbone and model.backbone.language_model):  # a compiled UNet was slower on the CPU
         if network is not None:
             network.compile()
 

@@ -45,8 +45,8 @@ class TrainOptions:
     precision: str = option("auto", "bf16 or fp16: autocast over float32 trained weights; auto: bf16 on an accelerator, fp32 on the CPU",
                             choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: about a third slower, much less memory")
-    compile: bool = option(False, "torch.compile for the DiT, the language model and the UNet where they train: minutes at the start, then "
-                           "faster (the DiT 1.3 times on a CPU); needs a C++ compiler on the CPU, triton on CUDA")
+    compile: bool = option(False, "torch.compile for the DiT and for the language model where gradients pass through it: minutes at the "
+                           "start, then faster (the DiT 1.3 times on a CPU); needs a C++ compiler on the CPU, triton on CUDA")
     ema_decay: float = option(0.0, "moving average of the trained weights, which is then exported; 0.999 is usual, 0 turns it off",
                               minimum=0, maximum=0.99999)
     prompt_form: str = option("inference", "inference: the open assistant turn that drawing uses; reference: closed, as the published "

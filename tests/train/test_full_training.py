@@ -165,7 +165,7 @@ def test_gradients_reach_all_that_trains_and_nothing_else(name, checkpointing, d
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 def test_a_compiled_dit_learns_the_same(data, tmp_path):
-    """Language model and UNet were seen to pass as well; each takes minutes to compile."""
+    """The language model was seen to pass as well; it takes minutes to compile."""
     gradients = {}
     for compiled in (False, True):
         prepared = prepare(training_config(data, tmp_path / "out", ["text_to_image"], "train.method=full", 'train.parts=["dit"]',
