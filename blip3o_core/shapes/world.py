@@ -149,14 +149,15 @@ def render(scene: Scene, side: int = 128, *, outline_of: Callable[[str], Outline
 
 
 def label_map(scene: Scene, side: int = 128) -> Image.Image:
-    """What each pixel shows, as RGB: number of the shape, of the colour, of the size; all 0 where there is no object."""
+    """What each pixel shows, as RGB: number of the shape, of the colour, of the size. Where there is no object, 0 but for the colour."""
     names = (SHAPES, tuple(COLOURS), tuple(SIZES))
 
     def labels(thing: Object) -> RGB:
         red, green, blue = (1 + own.index(name) for own, name in zip(names, (thing.shape, thing.colour, thing.size), strict=True))
         return red, green, blue
 
-    return _paint(scene, side, (0, 0, 0), labels, outline)
+    ground = (0, 1 + len(COLOURS) + list(BACKGROUNDS).index(scene.background), 0)
+    return _paint(scene, side, ground, labels, outline)
 
 
 def _paint(

@@ -88,7 +88,7 @@ class ObjectiveOptions:
                                       "drawing, in place of Qwen's rows and columns; a backbone from nothing needs both",
                                       minimum=0, maximum=1)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
-                                 "velocity; 1 is published, 10 makes small decoders follow their condition sooner", minimum=1)
+                                 "velocity; 1 is published, 100 makes small decoders follow their condition sooner", minimum=1)
     whitening_weight: float = option(0.0, "contrast: weight of a penalty that makes the embedding's channels uncorrelated, mean 0 and "
                                      "deviation 1; above 0 flow matching has an easier time with them", minimum=0)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
