@@ -84,6 +84,8 @@ class ObjectiveOptions:
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
     pixel_weight: float = option(0.0, "contrast: weight of the squared error with which a linear map finds the pixels in the embedding; "
                                  "above 0 embeddings keep the detail that a decoder needs", minimum=0)
+    draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
+                                   "of them share the work of encoding it, and need memory like a larger batch", minimum=1)
     counted_positions: float = option(0.0, "understand: share of conversations whose positions count up through pictures, as they do when "
                                       "drawing, in place of Qwen's rows and columns; a backbone from nothing needs both",
                                       minimum=0, maximum=1)

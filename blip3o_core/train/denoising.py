@@ -14,7 +14,7 @@ from ..models.sdxl import ORIGINAL_SIZE
 from ..sampling.discrete_euler import NUM_TRAIN_TIMESTEPS, signal_rates
 from .config import ObjectiveOptions
 from .model import Objective, TrainingModel
-from .noise import Draw, flow_draws
+from .noise import Draw, flow_draws, repeated
 
 
 def denoising_timesteps(u: Tensor) -> Tensor:
@@ -29,6 +29,9 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         pictures = torch.stack([example.picture for example in examples])
         latents = model.frozen.latents(pictures)  # (B, 4, h, w) float32
         embeddings = model.targets(examples)  # (B, C, 8, 8)
+        draws = repeated(draws, options.draws_per_sample)
+        rounds = len(draws) // len(examples)
+        latents, embeddings = latents.repeat(rounds, 1, 1, 1), embeddings.repeat(rounds, 1, 1, 1)
         drawn = flow_draws(draws, latents.shape[1:], timesteps=options.timesteps, logit_mean=options.logit_mean,
                            logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
         if not drawn.kept.all():
@@ -41,7 +44,8 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])
         error = (predicted.float() - noise).square().flatten(1).mean(dim=1)
         # The error of the velocity is that of the noise divided by the signal's share (arXiv:2202.00512), where pictures take shape.
-        return error / rate.flatten().clamp(min=1 / options.noisy_weight)
+        weighted = error / rate.flatten().clamp(min=1 / options.noisy_weight)
+        return weighted.unflatten(0, (rounds, -1)).mean(dim=0)
 
     return losses
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ class Draw:
     def generator(self) -> torch.Generator:
         """A new one each time, at its start."""
         return torch.Generator("cpu").manual_seed(hashed_seed(*self.seed))
+
+
+def repeated(draws: Sequence[Draw], times: int) -> list[Draw]:
+    """`times` draws of each sample, one round after the other; the first round is `draws`. A validation is not repeated."""
+    rounds = times if all(draw.training for draw in draws) else 1
+    return [draw if number == 0 else replace(draw, seed=(*draw.seed, number)) for number in range(rounds) for draw in draws]
 
 
 def hashed_seed(*parts: int | str) -> int:

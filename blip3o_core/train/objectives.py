@@ -17,7 +17,7 @@ from .contrastive import contrastive_objective
 from .denoising import denoising_objective
 from .losses import answer_cross_entropy, flow_matching
 from .model import Objective, TrainingModel
-from .noise import Draw, flow_draws
+from .noise import Draw, flow_draws, repeated
 from .segmentation import segmentation_objective
 
 UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
@@ -50,11 +50,15 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         data = model.targets(examples)  # (B, C, 8, 8) float32
         states = model.query_states(examples)  # (B, Q, H)
+        draws = repeated(draws, options.draws_per_sample)
+        rounds = len(draws) // len(examples)
+        data, states = data.repeat(rounds, 1, 1, 1), states.repeat(rounds, 1, 1)
         drawn = flow_draws(draws, data.shape[1:], timesteps=options.timesteps, logit_mean=options.logit_mean,
                            logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
         states = states * drawn.kept.to(states)[:, None, None]
-        return flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
-                             shift=options.shift)  # fmt: skip
+        found = flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
+                              shift=options.shift)  # fmt: skip
+        return found.unflatten(0, (rounds, -1)).mean(dim=0)
 
     return losses
 

@@ -184,6 +184,18 @@ def test_dropped_conditions_are_zero_states(data, tmp_path):
     assert seen[0].abs().max() == 0
 
 
+@pytest.mark.parametrize(("part", "task"), [("dit", "text_to_image"), ("decoder", "decode")])
+def test_several_draws_of_a_sample_are_so_many_samples(part, task, data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", part, task, "objective.draws_per_sample=3", "objective.condition_dropout=0.5")
+    own = draws(len(prepared.examples))
+    once = full(data, tmp_path / "out", part, task, "objective.condition_dropout=0.5").model
+    alone = [once(prepared.examples, own)]
+    alone += [once(prepared.examples, [Draw((*draw.seed, number)) for draw in own]) for number in (1, 2)]
+    assert relative_error(prepared.model(prepared.examples, own), sum(alone) / 3) <= 1e-5
+    fixed = draws(len(prepared.examples), u=0.3, training=False)
+    assert torch.equal(prepared.model(prepared.examples, fixed), once(prepared.examples, fixed))
+
+
 # cross-entropy
 
 
