@@ -146,6 +146,7 @@ class Preparer:
         example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
         rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
         example.label_shares = label_shares(labels, rows, columns)
+        example.ids, _ = self.tokenizer.conversation_ids((("user", ""), ("assistant", "")), [rows * columns])
 
     @property
     def _pixel_bounds(self) -> dict[str, int]:

@@ -34,6 +34,7 @@ GAP = 0.055  # between two objects: 7 pixels of 128, which a blur of a few pixel
 MIN_CONTRAST = 110  # Euclidean in RGB; leaves out white on white and sky, black on black, purple on grey
 RING_HOLE = 0.52  # inner radius of a ring
 SUPERSAMPLING = 4
+_MIDDLE = 0.4  # radius of what label_map calls the middle of an object, as a share of its own
 
 # Bands of a coordinate. Texts are made of clear cases only; a drawn object that lies a little beside them is still accepted.
 _CLEAR = {"low": (0.0, 0.31), "middle": (0.41, 0.59), "high": (0.69, 1.0)}
@@ -149,7 +150,10 @@ def render(scene: Scene, side: int = 128, *, outline_of: Callable[[str], Outline
 
 
 def label_map(scene: Scene, side: int = 128) -> Image.Image:
-    """What each pixel shows, as RGB: number of the shape, of the colour, of the size. Where there is no object, 0 but for the colour."""
+    """What each pixel shows, as RGB: number of the shape, of the colour, of the size. Where there is no object, 0 but for the colour.
+
+    In the middle of an object the size has numbers of its own, so that objects can be counted.
+    """
     names = (SHAPES, tuple(COLOURS), tuple(SIZES))
 
     def labels(thing: Object) -> RGB:
@@ -157,7 +161,14 @@ def label_map(scene: Scene, side: int = 128) -> Image.Image:
         return red, green, blue
 
     ground = (0, 1 + len(COLOURS) + list(BACKGROUNDS).index(scene.background), 0)
-    return _paint(scene, side, ground, labels, outline)
+    picture = _paint(scene, side, ground, labels, outline)
+    draw = ImageDraw.Draw(picture)
+    for thing in scene.objects:
+        red, green, blue = labels(thing)
+        reach = _MIDDLE * thing.radius
+        box = [(value + sign * reach) * side for sign in (-1, 1) for value in thing.centre]
+        draw.ellipse(box, fill=(red, green, blue + len(SIZES)))
+    return picture
 
 
 def _paint(

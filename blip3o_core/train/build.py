@@ -90,7 +90,7 @@ def build_model(
     networks: dict[str, nn.Module] = {}
     if generating:
         networks["dit"] = load(source.load_dit, "dit", low)
-    if (generating and config.trains_language_side) or writing:
+    if (generating and config.trains_language_side) or writing or ("segment" in tasks and "backbone" in full):
         backbone = networks["backbone"] = load(source.load_backbone, "backbone", frozen_dtype(precision))
         backbone.latent_queries.requires_grad_("latent_queries" in config.trained_parts)
         if backbone.latent_queries.requires_grad:

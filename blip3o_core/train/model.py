@@ -101,8 +101,25 @@ class TrainingModel(nn.Module):
             return self.dit(x, timestep, states, attend=attend)  # as a call: what torch.compile replaces
         return self.dit.denoise(x, timestep, self.dit.encode_condition(states), attend=attend, run_layer=_recomputed)
 
+    def image_states(self, examples: Sequence[Example], counted: Sequence[bool]) -> list[Tensor]:
+        """States of the language model at the cells of each example's pictures (cells, H)."""
+        states = self._conversation_states(examples, counted)
+        cells = [torch.tensor([token == self.image_pad_id for token in example.ids], device=self.device) for example in examples]
+        return [states[index, : len(own)][own] for index, own in enumerate(cells)]
+
     def answer_logits(self, examples: Sequence[Example], counted: Sequence[bool]) -> tuple[Tensor, Tensor, list[int]]:
-        """Logits only where an answer is learned -> (n, vocabulary), the right ids (n,), and how many each example has.
+        """Logits only where an answer is learned -> (n, vocabulary), the right ids (n,), and how many each example has."""
+        states = self._conversation_states(examples, counted)
+        chosen, ids, counts = [], [], []
+        for index, example in enumerate(examples):
+            learned = [at for at, is_learned in enumerate(example.learned) if is_learned]
+            chosen.append(states[index, torch.tensor(learned, device=self.device) - 1])  # the token before predicts it
+            ids += [example.ids[at] for at in learned]
+            counts.append(len(learned))
+        return self.output_head(torch.cat(chosen)), torch.tensor(ids, device=self.device), counts
+
+    def _conversation_states(self, examples: Sequence[Example], counted: Sequence[bool]) -> Tensor:
+        """(B, N, H), N from the longest.
 
         Positions of text and image cells as in understanding (M-RoPE), or counted up as in drawing for the examples that are `counted`;
         padding behind each row needs no mask.
@@ -117,14 +134,7 @@ class TrainingModel(nn.Module):
         longest += -longest % LENGTH_MULTIPLE
         padded = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])  # (B, N, H)
         padded_positions = torch.stack([nn.functional.pad(own, (0, longest - own.shape[1])) for own in positions], dim=1)  # (3, B, N)
-        states = self.backbone.decode(padded, padded_positions.to(self.device))
-        chosen, ids, counts = [], [], []
-        for index, example in enumerate(examples):
-            learned = [at for at, is_learned in enumerate(example.learned) if is_learned]
-            chosen.append(states[index, torch.tensor(learned, device=self.device) - 1])  # the token before predicts it
-            ids += [example.ids[at] for at in learned]
-            counts.append(len(learned))
-        return self.output_head(torch.cat(chosen)), torch.tensor(ids, device=self.device), counts
+        return self.backbone.decode(padded, padded_positions.to(self.device))
 
     @property
     def language_dtype(self) -> torch.dtype:

@@ -28,6 +28,11 @@ class Draw:
         return torch.Generator("cpu").manual_seed(hashed_seed(*self.seed))
 
 
+def counted_positions(draws: Sequence[Draw], share: float) -> list[bool]:
+    """Which samples have positions that count up through pictures. In a validation none."""
+    return [draw.training and torch.rand((), generator=draw.generator()).item() < share for draw in draws]
+
+
 def repeated(draws: Sequence[Draw], times: int) -> list[Draw]:
     """`times` draws of each sample, one round after the other; the first round is `draws`. A validation is not repeated."""
     rounds = times if all(draw.training for draw in draws) else 1

@@ -6,7 +6,6 @@ own, and a line in `build_objectives`. Source of the published ones: arXiv:2505.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..data.prepare import Example
@@ -17,14 +16,14 @@ from .contrastive import contrastive_objective
 from .denoising import denoising_objective
 from .losses import answer_cross_entropy, flow_matching
 from .model import Objective, TrainingModel
-from .noise import Draw, flow_draws, repeated
+from .noise import Draw, counted_positions, flow_draws, repeated
 from .segmentation import segmentation_objective
 
 UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
 TRAINS = {
     "text_to_image": UNIFIED_PARTS, "edit": UNIFIED_PARTS | {"vision"}, "reconstruct": UNIFIED_PARTS | {"vision"},
     "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"}, "autoencode": {"vae"},
-    "segment": {"vision"},
+    "segment": {"vision", "backbone"},
 }  # fmt: skip
 """Which parts the loss of a task reaches."""
 
@@ -67,7 +66,6 @@ def cross_entropy_objective(options: ObjectiveOptions) -> Objective:
     """Next-token prediction of the assistant's turns, averaged over each conversation."""
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
-        counted = [draw.training and torch.rand((), generator=draw.generator()).item() < options.counted_positions for draw in draws]
-        return answer_cross_entropy(*model.answer_logits(examples, counted))
+        return answer_cross_entropy(*model.answer_logits(examples, counted_positions(draws, options.counted_positions)))
 
     return losses

@@ -1,25 +1,28 @@
-"""First lessons for small vision towers: what does each cell of the picture show?
+"""First lessons for small models that see: what does each cell of the picture show, and where is it?
 
-Qwen2.5-VL's tower was pretrained on far more than conversations (arXiv:2502.13923, sec. 2.2); one that starts from nothing learns
-little from a few words about a whole picture. Maps of labels say something about every cell. The head is thrown away afterwards; only
-the tower stays.
+Qwen2.5-VL was pretrained on far more than conversations (arXiv:2502.13923, sec. 2.2); a model that starts from nothing learns little
+from a few words about a whole picture. Maps of labels say something about every cell. Where the vision tower trains, its features
+must tell the labels; where the language model trains, its states must, and the row and column too: the tower can't know them, for its
+positions are relative. The head is thrown away afterwards.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.prepare import LABELS, Example
 from .config import ObjectiveOptions
 from .model import Objective, TrainingModel
-from .noise import Draw
+from .noise import Draw, counted_positions
 
-CHANNELS = 3  # of a map, which is read as RGB
+MAP_CHANNELS = 3  # of a map, which is read as RGB
+CHANNELS = MAP_CHANNELS + 2  # with row and column
 
 
 def segmentation_head(width: int) -> nn.Linear:
-    """Features of the tower -> logits of every label in every channel."""
+    """Features or states -> logits of every label in every channel."""
     return nn.Linear(width, CHANNELS * LABELS)
 
 
@@ -27,10 +30,22 @@ def segmentation_objective(options: ObjectiveOptions) -> Objective:
     """Cross-entropy with the share of each label in each cell, averaged over cells and summed over channels."""
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
-        features = model.image_features(examples)  # (cells, H) each
+        shares = [example.label_shares.transpose(0, 1) for example in examples]  # (cells, MAP_CHANNELS, LABELS) each
+        if model.backbone is None:
+            features = model.image_features(examples)  # (cells, H) each
+        else:
+            features = model.image_states(examples, counted_positions(draws, options.counted_positions))
+            shares = [torch.cat((own, places(example)), dim=1) for own, example in zip(shares, examples, strict=True)]
         logits = model.segmentation_head(torch.cat(features)).float().unflatten(-1, (CHANNELS, LABELS))
-        shares = torch.cat([example.label_shares.transpose(0, 1) for example in examples]).to(logits)  # (all cells, CHANNELS, LABELS)
-        found = -(shares * logits.log_softmax(dim=-1)).sum(dim=(1, 2))  # (all cells,)
+        wanted = torch.cat(shares).to(logits)  # (all cells, channels, LABELS)
+        found = -(wanted * logits[:, : wanted.shape[1]].log_softmax(dim=-1)).sum(dim=(1, 2))  # (all cells,)
         return torch.stack([own.mean() for own in found.split([len(own) for own in features])])
 
     return losses
+
+
+def places(example: Example) -> Tensor:
+    """Row and column of each cell of the picture (cells, 2, LABELS), as shares; from the last label on they are one."""
+    rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
+    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)  # (rows, columns, 2)
+    return F.one_hot(grid.flatten(0, 1).clamp(max=LABELS - 1), LABELS).float()

@@ -31,6 +31,7 @@ RUNS = {
     "backbone": (["backbone"], ["understand", "text"], 3e-3, (*LANGUAGE, "lm_head."), ()),
     "vision": (["vision"], ["understand"], 3e-3, ("visual.",), ()),
     "vision, by labels": (["vision"], ["segment"], 3e-3, ("visual.",), ()),
+    "language model, by labels": (["backbone"], ["segment"], 3e-3, LANGUAGE, ()),
     "drawing": (["dit", "latent_queries"], ["text_to_image", "edit", "reconstruct"], 3e-3, (DIT, "model.latent_queries"), ()),
     "decoder": (["decoder"], ["decode"], 3e-3, ("unet.",), ()),
     "decoder, cached": (["decoder"], ["decode"], 3e-3, ("unet.",), ("cache.enabled=true",)),

@@ -323,11 +323,28 @@ def test_the_loss_of_labels_is_a_cross_entropy_in_every_cell(data, tmp_path, rel
     model, examples = prepared.model, prepared.examples
     for example, found in zip(examples, prepared.losses(), strict=True):
         logits = model.segmentation_head(model.image_features([example])[0])  # (cells, 3 * LABELS)
-        parts = [F.cross_entropy(own, example.label_shares[channel]) for channel, own in enumerate(logits.split(LABELS, dim=1))]
+        parts = [F.cross_entropy(own, example.label_shares[channel]) for channel, own in enumerate(logits.split(LABELS, dim=1)[:3])]
         assert relative_error(found, sum(parts)) <= 1e-5
     rows = examples[0].label_shares[1].view(*(int(length) // 2 for length in examples[0].grid_thw[0, 1:]), LABELS)
     assert rows[0, 0, 0] > 0.5 and rows[0, -1, 0] > 0.8  # the square is left of the middle
     assert rows[0, 0, 1:].sum() > 0.3
+
+
+def test_where_the_language_model_trains_its_states_tell_the_labels_and_the_place(data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", "backbone", "segment")
+    model, [example] = prepared.model, prepared.examples[:1]
+    rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
+    row = model.backbone.embed(example.ids, device=model.device, dtype=torch.float32, image_token_id=model.image_pad_id,
+                               image_features=model.image_features([example])[0])  # fmt: skip
+    start = example.ids.index(model.image_pad_id)
+    assert example.ids[start : start + rows * columns] == [model.image_pad_id] * rows * columns
+    places = [(0, index // columns, index % columns) for index in range(rows * columns)]
+    positions = torch.tensor([(at, at, at) for at in range(start)] + [(start + t, start + r, start + c) for t, r, c in places]).T[:, None]
+    states = model.backbone.decode(row[None, : start + rows * columns], positions)[0, start:]
+    parts = model.segmentation_head(states).split(LABELS, dim=1)
+    wanted = [F.cross_entropy(part, example.label_shares[channel]) for channel, part in enumerate(parts[:3])]
+    wanted += [F.cross_entropy(part, torch.tensor([place[axis] for place in places])) for axis, part in ((1, parts[3]), (2, parts[4]))]
+    assert relative_error(model([example], draws(1))[0], sum(wanted)) <= 1e-5
 
 
 # contrast

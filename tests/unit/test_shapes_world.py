@@ -46,6 +46,11 @@ def test_maps_of_labels_lie_under_their_pictures():
         for thing in scene.objects:
             numbers = [1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour), 1 + (thing.size == "large")]
             own = (labels == numbers).all(axis=2)
+            x, y = (int(value * 128) for value in thing.centre)
+            assert labels[y, x].tolist() == [*numbers[:2], numbers[2] + 2]
+            if thing.shape == "ring":
+                continue  # its middle is background
+            own |= (labels == [*numbers[:2], numbers[2] + 2]).all(axis=2)
             assert own.sum() > 100
             assert (np.abs(picture[own] - COLOURS[thing.colour]).sum(axis=1) < 10).mean() > 0.6  # all but the antialiased edge
         assert (np.abs(picture[~inside] - BACKGROUNDS[scene.background]).sum(axis=1) < 10).mean() > 0.95
