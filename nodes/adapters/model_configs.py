@@ -80,6 +80,15 @@ def with_group_count(operations, groups: int):
     return GroupCountOperations
 
 
+class WidthRatio(float):
+    """A level's width, as a multiple of the first one's. The host multiplies by it and expects a whole number: of 32 by 2.5, 80."""
+
+    def __mul__(self, width: int) -> int:
+        return round(float(self) * width)
+
+    __rmul__ = __mul__
+
+
 def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the host's UNetModel from a diffusers UNet2DConditionModel configuration of the SDXL kind.
 
@@ -90,7 +99,8 @@ def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config["layers_per_block"]
     heads, depths = (value if isinstance(value, (list, tuple)) else [value] * len(channels)
                      for value in (config["attention_head_dim"], config["transformer_layers_per_block"]))  # fmt: skip
-    head_widths = {channels[level] // heads[level] for level in levels}  # historical naming: attention_head_dim counts heads
+    attending = [level for level in levels if "CrossAttn" in config["down_block_types"][level]] or levels[-1:]
+    head_widths = {channels[level] // heads[level] for level in attending}  # historical naming: attention_head_dim counts heads
     if len(head_widths) != 1:
         raise CheckpointError(f"the decoder's UNet has heads of widths {sorted(head_widths)}; ComfyUI's UNet needs one width.")
     down = [depths[level] if "CrossAttn" in config["down_block_types"][level] else 0 for level in levels]
@@ -100,7 +110,7 @@ def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
         "model_channels": channels[0],
-        "channel_mult": [width // channels[0] for width in channels],
+        "channel_mult": [WidthRatio(width / channels[0]) for width in channels],
         "num_res_blocks": [layers] * len(channels),
         "transformer_depth": [depth for depth in down for _ in range(layers)],
         "transformer_depth_output": [depth for depth in up for _ in range(layers + 1)],
