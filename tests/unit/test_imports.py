@@ -26,7 +26,7 @@ ALLOWED = {
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts"},
     "lora": {"models", "checkpoint", "variants"},
-    "shapes": set(),
+    "shapes": {"presets"},
     "evaluate": {"pipelines", "shapes", "images", "sheets"},
     "nano": {"evaluate", "pipelines", "models", "checkpoint", "variants", "prompts", "presets", "sampling", "shapes", "train"},
     "data": {"prompts", "images", "models"},
