@@ -34,7 +34,7 @@ VERSION = 3  # of what the generator makes from a seed; raise it whenever a samp
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
-_DIFFICULTY = {"shape": 2.0, "where": 2.0, "list": 1.5, "background": 0.5}  # kind of question -> how often, next to the others
+_QUESTION_WEIGHTS = {"shape": 2.0, "where": 2.0, "list": 1.5, "background": 0.5}  # kind of question -> how often, next to the others
 
 
 def write_datasets(folder: Path, *, seed: int, counts: Mapping[str, int], workers: int = 1) -> dict[str, Path]:
@@ -164,7 +164,7 @@ def _understand(rng: np.random.Generator) -> Members:
     if rng.random() < 0.1:
         return _conversation(scene, [_description(scene, rng)])
     asked = questions.questions(scene, rng)
-    weights = np.array([_DIFFICULTY.get(question.kind, 1.0) for question in asked])
+    weights = np.array([_QUESTION_WEIGHTS.get(question.kind, 1.0) for question in asked])
     number = min(len(asked), pick(rng, (1, 1, 2, 3)))
     chosen = rng.choice(len(asked), number, replace=False, p=weights / weights.sum())
     return _conversation(scene, [(asked[index].text, asked[index].answer) for index in chosen.tolist()])

@@ -1,6 +1,6 @@
-"""Shapes without a name, for the picture side only: a decoder that has seen just six shapes can draw no seventh.
+"""Shapes without a name, for the decoder only: it should be able to draw more than the six that texts tell of.
 
-Like CLIP encoders and diffusion decoders of the big models, which have seen far more than any prompt will ask for.
+The decoders of the big models have seen far more than any prompt will ask for, too.
 """
 
 import math
@@ -28,8 +28,7 @@ def doodle(rng: np.random.Generator) -> Outline:
         corners = int(rng.integers(3, 9))
         angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * math.pi / corners + rng.uniform(0, 2 * math.pi)
         radii = rng.uniform(0.45, 1, corners)
-    x, y = radii * np.cos(angles), radii * np.sin(angles)
-    half = max(np.ptp(x), np.ptp(y)) / 2
-    points: list[Point] = list(zip(((x - (x.max() + x.min()) / 2) / half).tolist(), ((y - (y.max() + y.min()) / 2) / half).tolist(),
-                                   strict=True))  # fmt: skip
+    around = np.stack((radii * np.cos(angles), radii * np.sin(angles)), axis=1)  # (points, 2)
+    low, high = around.min(axis=0), around.max(axis=0)
+    points: list[Point] = [(x, y) for x, y in ((around - (high + low) / 2) / ((high - low).max() / 2)).tolist()]
     return [(points, False)]

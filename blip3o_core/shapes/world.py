@@ -171,9 +171,7 @@ def label_map(scene: Scene, side: int = 128) -> Image.Image:
     return picture
 
 
-def _paint(
-    scene: Scene, side: int, ground: RGB, fill: Callable[[Object], RGB], outline_of: Callable[[str], Outline]
-) -> Image.Image:  # fmt: skip
+def _paint(scene: Scene, side: int, ground: RGB, fill: Callable[[Object], RGB], outline_of: Callable[[str], Outline]) -> Image.Image:
     picture = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(picture)
     for thing in scene.objects:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -38,6 +39,16 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "fp32" if device.type == "cpu" else "bf16"
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError if torch.compile, which itself would say so at the first step, lacks what it needs."""
+    compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(f"train.compile needs a C++ compiler on the CPU, and there is no {compiler}. Install one (CXX may name it), or "
+                          "set train.compile = false.")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("train.compile needs triton on CUDA, which is not installed. Install it, or set train.compile = false.")
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -90,7 +101,7 @@ def build_model(
     networks: dict[str, nn.Module] = {}
     if generating:
         networks["dit"] = load(source.load_dit, "dit", low)
-    if (generating and config.trains_language_side) or writing or ("segment" in tasks and "backbone" in full):
+    if (generating and config.trains_language_side) or writing or ("segment" in tasks and "backbone" in config.trained_parts):
         backbone = networks["backbone"] = load(source.load_backbone, "backbone", frozen_dtype(precision))
         backbone.latent_queries.requires_grad_("latent_queries" in config.trained_parts)
         if backbone.latent_queries.requires_grad:
@@ -139,7 +150,9 @@ def build_model(
             if network is not None:
                 write_out_attention(network)
     if config.train.compile:
-        _compile(model)
+        for network in (model.dit, model.backbone and model.backbone.language_model):  # a compiled UNet was slower on the CPU
+            if network is not None:
+                network.compile()  # in place: names and weights stay as they are
     if not model.trained():
         raise ConfigError("nothing would train. Check train.method, train.parts and lora.parts.")
     return model
@@ -156,18 +169,6 @@ def _load_decoder_part(
     if part in config.train.fresh:
         start_afresh(network, part, config.train.seed)
     return network.requires_grad_(trained)
-
-
-def _compile(model: TrainingModel) -> None:
-    """In place, so that names and weights stay as they are; torch compiles at the first step. Raises ConfigError without a compiler."""
-    if model.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ConfigError("train.compile needs a C++ compiler on the CPU, and there is no g++ (or what the variable CXX names). Install "
-                          "one, or set train.compile = false.")
-    if model.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError("train.compile needs triton on CUDA, which is not installed. Install it, or set train.compile = false.")
-    for network in (model.dit, model.backbone and model.backbone.language_model):  # a compiled UNet was slower on the CPU
-        if network is not None:
-            network.compile()
 
 
 def _checkpoint_layers(model: TrainingModel) -> list[nn.Module]:

@@ -84,15 +84,15 @@ class ObjectiveOptions:
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
     pixel_weight: float = option(0.0, "contrast: weight of the squared error with which a linear map finds the pixels in the embedding; "
                                  "above 0 embeddings keep the detail that a decoder needs", minimum=0)
-    draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
-                                   "of them share the work of encoding it, and need memory like a larger batch", minimum=1)
-    counted_positions: float = option(0.0, "understand: share of conversations whose positions count up through pictures, as they do when "
-                                      "drawing, in place of Qwen's rows and columns; a backbone from nothing needs both",
-                                      minimum=0, maximum=1)
-    noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
-                                 "velocity; 1 is published, 100 makes small decoders follow their condition sooner", minimum=1)
     whitening_weight: float = option(0.0, "contrast: weight of a penalty that makes the embedding's channels uncorrelated, mean 0 and "
                                      "deviation 1; above 0 flow matching has an easier time with them", minimum=0)
+    draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
+                                   "of them share the work of encoding it, and need memory like a larger batch", minimum=1)
+    counted_positions: float = option(0.0, "understand, segment: share of samples whose positions count up through pictures, as they do "
+                                      "when drawing, in place of Qwen's rows and columns: for a language model that starts from nothing",
+                                      minimum=0, maximum=1)
+    noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
+                                 "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
                                        minimum=0)
 
@@ -219,7 +219,8 @@ class TrainConfig:
         if self.train.method == "lora" and not self.lora.parts and not self.lora.latent_queries:
             raise ConfigError(f"lora.parts is empty: nothing would train. List {' or '.join(LORA_PARTS)}.")
         if self.train.compile and self.train.gradient_checkpointing:
-            raise ConfigError("train.compile and train.gradient_checkpointing don't work together. Turn one of them off.")
+            raise ConfigError("train.compile and train.gradient_checkpointing don't work together: recomputed layers run one by one, past "
+                              "what was compiled. Turn one of them off.")
         if self.samples.images and len(self.samples.images) != len(self.samples.prompts):
             raise ConfigError(f"samples.images has {len(self.samples.images)} entries for {len(self.samples.prompts)} samples.prompts. "
                               "Give one per prompt, empty strings for none.")

@@ -23,7 +23,7 @@ def denoising_timesteps(u: Tensor) -> Tensor:
 
 
 def denoising_objective(options: ObjectiveOptions) -> Objective:
-    """Squared error of the predicted noise at one timestep per sample, averaged over the latents."""
+    """Squared error of the predicted noise at one timestep per draw, averaged over the latents, weighted by `noisy_weight`."""
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         pictures = torch.stack([example.picture for example in examples])

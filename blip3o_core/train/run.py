@@ -19,7 +19,7 @@ from ..files import require_writable, write_text
 from ..runtime import require_package, resolve_device
 from ..sheets import contact_sheet
 from . import state as checkpoints
-from .build import build_model, frozen_dtype, require_trainable, resolve_precision
+from .build import build_model, frozen_dtype, require_compiler, require_trainable, resolve_precision
 from .caching import fill_caches
 from .config import TrainConfig, as_dict, print_config
 from .datasets import Caches, TrainingSets, open_training_sets, validation_examples
@@ -70,6 +70,8 @@ class Opened:
 def open_run(config: TrainConfig, precision: str) -> Opened:
     """`precision`: bf16, fp16 or fp32. Raises ConfigError, DataError, CheckpointError, InputError for whatever is wrong."""
     config.require_complete()
+    if config.train.compile:
+        require_compiler(resolve_device(config.train.device))
     sources = Sources.open(config.model)
     tasks = [data.task for data in config.data]
     require_trainable(config, [*tasks, *(data.task for data in config.validation.data)])

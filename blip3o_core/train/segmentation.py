@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.prepare import LABELS, Example
+from ..pipelines.language import merged_grids
 from .config import ObjectiveOptions
 from .model import Objective, TrainingModel
 from .noise import Draw, counted_positions
@@ -46,6 +47,6 @@ def segmentation_objective(options: ObjectiveOptions) -> Objective:
 
 def places(example: Example) -> Tensor:
     """Row and column of each cell of the picture (cells, 2, LABELS), as shares; from the last label on they are one."""
-    rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
+    [(_, rows, columns)] = merged_grids(example.grid_thw)
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)  # (rows, columns, 2)
     return F.one_hot(grid.flatten(0, 1).clamp(max=LABELS - 1), LABELS).float()

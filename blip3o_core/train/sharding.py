@@ -52,7 +52,7 @@ def require_shardable(accelerator: "Accelerator", config: TrainConfig) -> None:
     if accelerator.mixed_precision == "fp16":
         raise ConfigError('train.precision is "fp16", which doesn\'t work with sharded weights. Use "bf16".')
     if config.train.compile:
-        raise ConfigError("train.compile doesn't work with sharded weights. Turn it off, or launch without FSDP.")
+        raise ConfigError("train.compile is not supported with sharded weights. Turn it off, or launch without FSDP.")
     if config.optimizer.name != "adamw":
         raise ConfigError(f"optimizer.name is {config.optimizer.name}, which doesn't work with sharded weights. Use adamw.")
     if config.train.method == "lora" and config.lora.dora:

@@ -99,7 +99,7 @@ def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config["layers_per_block"]
     heads, depths = (value if isinstance(value, (list, tuple)) else [value] * len(channels)
                      for value in (config["attention_head_dim"], config["transformer_layers_per_block"]))  # fmt: skip
-    attending = [level for level in levels if "CrossAttn" in config["down_block_types"][level]] or levels[-1:]
+    attending = {level for level in levels if "CrossAttn" in config["down_block_types"][level]} | {levels[-1]}  # the last: the middle
     head_widths = {channels[level] // heads[level] for level in attending}  # historical naming: attention_head_dim counts heads
     if len(head_widths) != 1:
         raise CheckpointError(f"the decoder's UNet has heads of widths {sorted(head_widths)}; ComfyUI's UNet needs one width.")

@@ -322,7 +322,7 @@ def test_the_loss_of_labels_is_a_cross_entropy_in_every_cell(data, tmp_path, rel
     prepared = full(data, tmp_path / "out", "vision", "segment")
     model, examples = prepared.model, prepared.examples
     for example, found in zip(examples, prepared.losses(), strict=True):
-        logits = model.segmentation_head(model.image_features([example])[0])  # (cells, 3 * LABELS)
+        logits = model.segmentation_head(model.image_features([example])[0])  # (cells, 5 * LABELS): of all channels
         parts = [F.cross_entropy(own, example.label_shares[channel]) for channel, own in enumerate(logits.split(LABELS, dim=1)[:3])]
         assert relative_error(found, sum(parts)) <= 1e-5
     rows = examples[0].label_shares[1].view(*(int(length) // 2 for length in examples[0].grid_thw[0, 1:]), LABELS)
