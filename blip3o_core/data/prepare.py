@@ -17,6 +17,8 @@ from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
 from .transforms import augment
 
 PROMPT_IMAGE_SIDE = 448  # of pictures before an instruction, as when drawing
+EMBEDDING_SIDE = 8
+"""Tokens of a CLIP embedding along each axis."""
 LABELS = 16
 """Different labels in one channel of a map."""
 DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
@@ -61,6 +63,7 @@ class Preparer:
     seed: int
     eva_size: int  # side in pixels of EVA-CLIP's input
     picture_size: int = 0  # side in pixels for the VAE
+    labels_embedding: bool = False  # maps of labels are for the tokens of a CLIP embedding, not for those of the backbone's eyes
     image_side: int | None = None  # of a model whose eyes know one size only; see Blip3oCheckpoint.image_side
     closed_turn: bool = False
     max_pixels: int = 448 * 448
@@ -143,6 +146,11 @@ class Preparer:
 
     def _segments(self, example: Example, sample: Sample, flipped: bool) -> None:
         picture, labels = (mirrored(open_picture(source, sample.name), flipped) for source in (sample.images[0], sample.target))
+        if self.labels_embedding:
+            example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
+            square = picture_square(labels, self.eva_size, Image.Resampling.NEAREST)
+            example.label_shares = label_shares(square, EMBEDDING_SIDE, EMBEDDING_SIDE)
+            return
         example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
         rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
         example.label_shares = label_shares(labels, rows, columns)
@@ -204,10 +212,10 @@ def mirrored(image: Image.Image, flipped: bool) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
 
 
-def picture_square(image: Image.Image, side: int) -> Image.Image:
+def picture_square(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """The centre square, `side` pixels wide: short side to size, then crop."""
     short = min(image.size)
-    image = image.resize([max(side, round(side * length / short)) for length in image.size], Image.Resampling.BICUBIC)
+    image = image.resize([max(side, round(side * length / short)) for length in image.size], resample)
     left, top = ((length - side) // 2 for length in image.size)
     return image.crop((left, top, left + side, top + side))
 

@@ -10,7 +10,7 @@ text_to_image: caption -> embedding of the picture. edit: picture and instructio
 reconstruct: picture -> its own embedding, through the backbone. understand: pictures and a conversation about them -> its answers.
 text: the same without pictures. For full training also: decode (embedding of a picture -> its pixels: trains the UNet), contrast
 (picture and caption -> the same place: trains EVA-CLIP), autoencode (picture -> itself: trains the VAE), segment
-(picture -> what each of its cells shows: trains vision tower or language model).
+(picture -> what each of its cells shows: trains vision tower, language model or EVA-CLIP).
 """
 
 GENERATION_TASKS = ("text_to_image", "edit", "reconstruct")

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
 DRAWING = {"steps": 30, "guidance_scale": 3.0, "decoder_steps": 25, "decoder_guidance_scale": 1.0, "width": 128, "height": 128}
 """What pictures are drawn with by default. The decoder is not guided; to be tuned once it is trained."""
 
-EVA = EvaClipConfig(image_size=128, patch_size=4, width=EMBEDDING_WIDTH, layers=2, head_width=32, mlp_dim=256)
+EVA = EvaClipConfig(image_size=128, patch_size=4, width=EMBEDDING_WIDTH, layers=4, head_width=32, mlp_dim=192)
 DIT = NextDiTConfig(in_channels=EMBEDDING_WIDTH, dim=256, num_layers=6, num_heads=4, ffn_dim=768, conditioning_dim=128, context_dim=WIDTH)
 
 

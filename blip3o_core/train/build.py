@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.load import OnLoad, fill
+from ..data.prepare import EMBEDDING_SIDE
 from ..data.sample import GENERATION_TASKS, WRITING_TASKS
 from ..errors import ConfigError
 from ..models.qwen2_5_vl import TiedHead
@@ -72,6 +73,12 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
         if part in parts and learning:
             raise ConfigError(f"{part} can't train in one run with {learning[0]}: its features are what that task learns. Train it "
                               "first.")
+    if "segment" in tasks and "clip" in parts and not parts.isdisjoint(("vision", "backbone")):
+        raise ConfigError("the task segment teaches either clip or the networks of the backbone, and this run trains both. Train them in "
+                          "runs of their own.")
+    if config.objective.regression_weight and not (config.trains_language_side and set(tasks) & set(GENERATION_TASKS)):
+        raise ConfigError(f"objective.regression_weight = {config.objective.regression_weight:g} teaches queries and language model what "
+                          "to draw, but neither of them trains on a drawing task. Set it to 0, or train latent_queries or backbone.")
     if "contrast" in tasks and config.train.batch_size < 2:
         raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
     if config.train.precision == "fp16" and ("vae" in parts or config.trains_language_side or set(tasks) & set(WRITING_TASKS)):
@@ -116,8 +123,9 @@ def build_model(
         networks["output_head"] = head if isinstance(head, TiedHead) else head.requires_grad_("backbone" in full)
     if "vision" in full:
         networks["vision_tower"] = load(source.load_vision_tower, "vision", low)
-    if "contrast" in tasks:
+    if "clip" in full:
         networks["vision_encoder"] = load(sources.require_vision_encoder().load, "clip", low)
+    if "contrast" in tasks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed_seed(config.train.seed, "text tower"))
             block_side = sources.require_vision_encoder().config.image_size // 8 if config.objective.pixel_weight else 0
@@ -125,7 +133,15 @@ def build_model(
     if "segment" in tasks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashed_seed(config.train.seed, "segmentation head"))
-            networks["segmentation_head"] = segmentation_head(source.text_config.hidden_size).to(device)
+            width = source.dit_config.in_channels if "clip" in full else source.text_config.hidden_size
+            networks["segmentation_head"] = segmentation_head(width).to(device)
+    if generating and config.objective.regression_weight:
+        if source.num_queries != EMBEDDING_SIDE**2:
+            raise ConfigError(f"objective.regression_weight maps query i to token i of an embedding of {EMBEDDING_SIDE**2}, but "
+                              f"{source.folder} has {source.num_queries} queries. Set it to 0.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hashed_seed(config.train.seed, "embedding head"))
+            networks["embedding_head"] = nn.Linear(source.text_config.hidden_size, source.dit_config.in_channels).to(device)
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:

@@ -91,6 +91,9 @@ class ObjectiveOptions:
     counted_positions: float = option(0.0, "understand, segment: share of samples whose positions count up through pictures, as they do "
                                       "when drawing, in place of Qwen's rows and columns: for a language model that starts from nothing",
                                       minimum=0, maximum=1)
+    regression_weight: float = option(0.0, "drawing tasks, where queries or language model train: weight of the squared error with which a "
+                                      "linear map finds the embedding in the query states (the paper's CLIP + MSE), beside flow matching: "
+                                      "a language model that starts from nothing learns from it what a prompt asks for", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,

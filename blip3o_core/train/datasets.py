@@ -84,7 +84,8 @@ def open_training_sets(options: Sequence[DataOptions], config: TrainConfig, sour
 
 def _preparer(options: DataOptions, config: TrainConfig, sources: Sources, caches: Caches) -> Preparer:
     eva_size = sources.vision_encoder.config.image_size if sources.vision_encoder is not None else 0
-    if options.task not in ("understand", "text", "autoencode", "segment") and not eva_size:
+    labels_embedding = options.task == "segment" and "clip" in config.trained_parts
+    if (labels_embedding or options.task not in ("understand", "text", "autoencode", "segment")) and not eva_size:
         sources.require_vision_encoder()
     return Preparer(
         tokenizer=sources.checkpoint.tokenizer,
@@ -92,6 +93,7 @@ def _preparer(options: DataOptions, config: TrainConfig, sources: Sources, cache
         seed=config.train.seed,
         eva_size=eva_size,
         picture_size=_picture_size(options.task, config, sources),
+        labels_embedding=labels_embedding,
         image_side=sources.checkpoint.image_side,
         closed_turn=config.train.prompt_form == "reference",
         max_pixels=config.loader.max_pixels,

@@ -32,6 +32,11 @@ def flow_matching(
     return error.square().flatten(1).mean(dim=1)
 
 
+def embedding_regression(predicted: Tensor, data: Tensor) -> Tensor:
+    """Squared error of embeddings (B, H * W, C), averaged over each sample's elements -> (B,). data: (B, C, H, W) float32."""
+    return (predicted.float() - data.flatten(2).transpose(1, 2)).square().flatten(1).mean(dim=1)
+
+
 def answer_cross_entropy(logits: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
     """Mean cross-entropy over the learned tokens of each sample -> (B,).
 

@@ -14,7 +14,7 @@ from .autoencoding import autoencoding_objective
 from .config import ObjectiveOptions
 from .contrastive import contrastive_objective
 from .denoising import denoising_objective
-from .losses import answer_cross_entropy, flow_matching
+from .losses import answer_cross_entropy, embedding_regression, flow_matching
 from .model import Objective, TrainingModel
 from .noise import Draw, counted_positions, flow_draws, repeated
 from .segmentation import segmentation_objective
@@ -23,7 +23,7 @@ UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
 TRAINS = {
     "text_to_image": UNIFIED_PARTS, "edit": UNIFIED_PARTS | {"vision"}, "reconstruct": UNIFIED_PARTS | {"vision"},
     "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"}, "autoencode": {"vae"},
-    "segment": {"vision", "backbone"},
+    "segment": {"clip", "vision", "backbone"},
 }  # fmt: skip
 """Which parts the loss of a task reaches."""
 
@@ -44,11 +44,17 @@ def build_objectives(options: ObjectiveOptions, tasks: Sequence[str]) -> dict[st
 
 
 def flow_matching_objective(options: ObjectiveOptions) -> Objective:
-    """CLIP + flow matching: the DiT learns the velocity noise - embedding, given the query states of the prompt."""
+    """CLIP + flow matching: the DiT learns the velocity noise - embedding, given the query states of the prompt.
+
+    With `regression_weight` also CLIP + MSE: the state of query i is mapped to token i, here only to teach the language side.
+    """
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         data = model.targets(examples)  # (B, C, 8, 8) float32
         states = model.query_states(examples)  # (B, Q, H)
+        regression = 0.0
+        if model.embedding_head is not None:
+            regression = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
         draws = repeated(draws, options.draws_per_sample)
         rounds = len(draws) // len(examples)
         data, states = data.repeat(rounds, 1, 1, 1), states.repeat(rounds, 1, 1)
@@ -57,7 +63,7 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
         states = states * drawn.kept.to(states)[:, None, None]
         found = flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
                               shift=options.shift)  # fmt: skip
-        return found.unflatten(0, (rounds, -1)).mean(dim=0)
+        return found.unflatten(0, (rounds, -1)).mean(dim=0) + regression
 
     return losses
 

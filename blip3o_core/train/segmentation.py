@@ -3,7 +3,7 @@
 Qwen2.5-VL was pretrained on far more than conversations (arXiv:2502.13923, sec. 2.2); a model that starts from nothing learns little
 from a few words about a whole picture. Maps of labels say something about every cell. Where the vision tower trains, its features
 must tell the labels; where the language model trains, its states must, and the row and column too: the tower can't know them, for its
-positions are relative. The head is thrown away afterwards.
+positions are relative. Where EVA-CLIP trains, the tokens of its embedding must. The head is thrown away afterwards.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ CHANNELS = MAP_CHANNELS + 2  # with row and column
 
 
 def segmentation_head(width: int) -> nn.Linear:
-    """Features or states -> logits of every label in every channel."""
+    """Features, states or tokens of an embedding -> logits of every label in every channel."""
     return nn.Linear(width, CHANNELS * LABELS)
 
 
@@ -32,7 +32,10 @@ def segmentation_objective(options: ObjectiveOptions) -> Objective:
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         shares = [example.label_shares.transpose(0, 1) for example in examples]  # (cells, MAP_CHANNELS, LABELS) each
-        if model.backbone is None:
+        if model.vision_encoder is not None:
+            embeddings = model.vision_encoder(torch.stack([example.target_pixels for example in examples]).to(model.device))
+            features = list(embeddings.flatten(2).transpose(1, 2))  # (64, C) each
+        elif model.backbone is None:
             features = model.image_features(examples)  # (cells, H) each
         else:
             features = model.image_states(examples, counted_positions(draws, options.counted_positions))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from blip3o_core.data.prepare import LABELS, Augmentation, Preparer, label_shares
 from blip3o_core.data.sample import Sample
-from blip3o_core.errors import InputError
+from blip3o_core.errors import ConfigError, InputError
 from blip3o_core.images import qwen_pixel_values
 from blip3o_core.models.layers import attend
 from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
@@ -196,6 +196,24 @@ def test_several_draws_of_a_sample_are_so_many_samples(part, task, data, tmp_pat
     assert torch.equal(prepared.model(prepared.examples, fixed), once(prepared.examples, fixed))
 
 
+def test_regression_asks_the_states_of_the_queries_for_the_embedding(data, tmp_path, relative_error):
+    """The paper's CLIP + MSE, through a linear map, beside flow matching."""
+    plain = full(data, tmp_path / "out", "latent_queries", "text_to_image")
+    both = full(data, tmp_path / "out", "latent_queries", "text_to_image", "objective.regression_weight=3")
+    states, wanted_tokens = both.model.query_states(both.examples), both.model.targets(both.examples)
+    guess = states @ both.model.embedding_head.weight.T + both.model.embedding_head.bias  # (B, 64, C)
+    errors = [(guess[index, row * 8 + column] - wanted_tokens[index, :, row, column]).square().mean()
+              for index in range(len(both.examples)) for row in range(8) for column in range(8)]  # fmt: skip
+    wanted = 3 * torch.stack(errors).view(-1, 64).mean(dim=1)
+    assert relative_error(both.losses() - plain.losses(), wanted) <= 1e-4
+    assert plain.model.embedding_head is None
+
+
+def test_regression_needs_a_language_side_that_trains(data, tmp_path):
+    with pytest.raises(ConfigError, match="objective.regression_weight = 3 teaches queries and language model"):
+        full(data, tmp_path / "out", "dit", "text_to_image", "objective.regression_weight=3")
+
+
 # cross-entropy
 
 
@@ -345,6 +363,25 @@ def test_where_the_language_model_trains_its_states_tell_the_labels_and_the_plac
     wanted = [F.cross_entropy(part, example.label_shares[channel]) for channel, part in enumerate(parts[:3])]
     wanted += [F.cross_entropy(part, torch.tensor([place[axis] for place in places])) for axis, part in ((1, parts[3]), (2, parts[4]))]
     assert relative_error(model([example], draws(1))[0], sum(wanted)) <= 1e-5
+
+
+def test_where_the_clip_encoder_trains_its_tokens_tell_the_labels(data, tmp_path, relative_error):
+    prepared = full(data, tmp_path / "out", "clip", "segment")
+    model, examples = prepared.model, prepared.examples
+    for example, found in zip(examples, prepared.losses(), strict=True):
+        logits = model.segmentation_head(model.vision_encoder(example.target_pixels[None])[0].flatten(1).T)  # (64 tokens, 5 * LABELS)
+        parts = [F.cross_entropy(own, example.label_shares[channel]) for channel, own in enumerate(logits.split(LABELS, dim=1)[:3])]
+        assert relative_error(found, sum(parts)) <= 1e-5
+    shown = examples[0].label_shares[0, :, 1].view(8, 8)  # how much of each token's cell the square covers
+    # 96 x 80 pixels, of which EVA-CLIP sees the 80 in the middle: cells of 10; the square goes from 12 to 52 and from 15 to 65
+    assert shown[3].gt(0.4).tolist() == [False, True, True, True, True, False, False, False]
+    assert shown[:, 3].gt(0.4).tolist() == [False, True, True, True, True, True, True, False]
+
+
+def test_labels_teach_one_side_at_a_time(data, tmp_path):
+    config = training_config(data, tmp_path / "out", ["segment"], "train.method=full", 'train.parts=["clip","vision"]')
+    with pytest.raises(ConfigError, match="the task segment teaches either clip or the networks of the backbone"):
+        prepare(config)
 
 
 # contrast
