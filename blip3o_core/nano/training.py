@@ -38,9 +38,9 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "nano"
 DATA, SKELETON, START, MODEL = "data", "skeleton", "start", "model"
 STAGES: dict[str, tuple[str, ...]] = {
     "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-eyes": (), "5-backbone": ("4-eyes",),
-    "6-unified": ("1-clip", "5-backbone"), "7-decoder": ("1-clip", "2-vae", "3-decoder"),
-}  # fmt: skip
-"""Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper, but for 7-decoder."""
+    "6-unified": ("1-clip", "4-eyes", "5-backbone"),
+}
+"""Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper."""
 COUNTS = {
     "contrast": 30_000, "autoencode": 20_000, "decode": 60_000, "segment": 60_000, "understand": 100_000, "text": 40_000,
     "text_to_image": 100_000, "edit": 60_000, "reconstruct": 15_000,
