@@ -168,7 +168,7 @@ def build_model(
     if config.train.compile:
         for network in (model.dit, model.backbone and model.backbone.language_model):  # a compiled UNet was slower on the CPU
             if network is not None:
-                network.compile()  # in place: names and weights stay as they are
+                network.compile(dynamic=True)  # in place: names and weights stay; sizes differ from batch to batch
     if not model.trained():
         raise ConfigError("nothing would train. Check train.method, train.parts and lora.parts.")
     return model

@@ -96,6 +96,8 @@ class ObjectiveOptions:
                                       "a language model that starts from nothing learns from it what a prompt asks for", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
+    local_attention_weight: float = option(0.0, "decode: weight of a loss that makes one head of every cross-attention look at the part of "
+                                           "the embedding that lies where it is: for a UNet that starts from nothing", minimum=0)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
                                        minimum=0)
 
@@ -224,6 +226,9 @@ class TrainConfig:
         if self.train.compile and self.train.gradient_checkpointing:
             raise ConfigError("train.compile and train.gradient_checkpointing don't work together: recomputed layers run one by one, past "
                               "what was compiled. Turn one of them off.")
+        if self.objective.local_attention_weight and self.train.gradient_checkpointing:
+            raise ConfigError("objective.local_attention_weight and train.gradient_checkpointing don't work together: what the heads look "
+                              "at is not kept when layers are recomputed. Turn one of them off.")
         if self.samples.images and len(self.samples.images) != len(self.samples.prompts):
             raise ConfigError(f"samples.images has {len(self.samples.images)} entries for {len(self.samples.prompts)} samples.prompts. "
                               "Give one per prompt, empty strings for none.")

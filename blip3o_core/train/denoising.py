@@ -5,6 +5,7 @@ schedule and its conditioning are those of sampling: see models/sdxl.py.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..data.prepare import Example
 from ..models.sdxl import ORIGINAL_SIZE
 from ..sampling.discrete_euler import NUM_TRAIN_TIMESTEPS, signal_rates
 from .config import ObjectiveOptions
+from .local_attention import local_attention
 from .model import Objective, TrainingModel
 from .noise import Draw, flow_draws, repeated
 
@@ -41,10 +43,13 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         rate = signal_rates().to(latents.device)[timestep][:, None, None, None]
         noise = drawn.noise.to(latents)
         noisy = rate.sqrt() * latents + (1 - rate).sqrt() * noise
-        predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])
+        with local_attention(model.unet, *noisy.shape[-2:]) if options.local_attention_weight else nullcontext([]) as looked:
+            predicted = predict_noise(model.unet, noisy, timestep, embeddings, pictures.shape[-2:])
         error = (predicted.float() - noise).square().flatten(1).mean(dim=1)
         # The error of the velocity is that of the noise divided by the signal's share (arXiv:2202.00512), where pictures take shape.
         weighted = error / rate.flatten().clamp(min=1 / options.noisy_weight)
+        if looked:
+            weighted = weighted + options.local_attention_weight * torch.stack(looked).mean(dim=0)
         return weighted.unflatten(0, (rounds, -1)).mean(dim=0)
 
     return losses

@@ -19,6 +19,7 @@ from blip3o_core.train.config import ObjectiveOptions
 from blip3o_core.train.contrastive import contrastive_objective, distance_from_white
 from blip3o_core.train.cpu_attention import attend_written_out
 from blip3o_core.train.denoising import denoising_timesteps
+from blip3o_core.train.local_attention import own_tokens
 from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
 from blip3o_core.train.noise import Draw, flow_draws
 from blip3o_core.train.validation import validation_losses
@@ -133,6 +134,44 @@ def test_the_denoising_loss_is_the_one_built_by_hand(noisy_weight, data, tmp_pat
         weight = min(noisy_weight, 1 / scheduler(DDPMScheduler).alphas_cumprod[timestep].item())
         wanted.append(weight * F.mse_loss(predicted, drawn.noise[index : index + 1]))
     assert relative_error(losses, torch.stack(wanted)) <= 1e-5
+
+
+def test_heads_pay_for_looking_elsewhere(data, tmp_path, relative_error):
+    """Against the attention weights that diffusers computes."""
+    prepared = full(data, tmp_path / "out", "decoder", "decode", "objective.local_attention_weight=2")
+    plain = full(data, tmp_path / "out", "decoder", "decode")
+    model, own = prepared.model, draws(len(prepared.examples))
+    weights = []
+
+    def record(attention, args, options):
+        query = attention.head_to_batch_dim(attention.to_q(args[0]))
+        key = attention.head_to_batch_dim(attention.to_k(options["encoder_hidden_states"]))
+        weights.append(attention.get_attention_scores(query, key).unflatten(0, (-1, attention.heads))[:, 0])  # (B, N, 64)
+
+    for name, module in model.unet.named_modules():
+        if name.endswith("attn2"):
+            module.register_forward_pre_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        both = model(prepared.examples, own)
+        without = plain.model(prepared.examples, own)
+    assert len(weights) > 2
+    wanted = []
+    for found in weights:
+        side = math.isqrt(found.shape[1])
+        shares = [found.unflatten(-1, (8, 8))[:, row * side + column, row * 8 // side : (row + 1) * 8 // side,
+                                              column * 8 // side : (column + 1) * 8 // side].sum(dim=(1, 2))
+                  for row in range(side) for column in range(side)]  # fmt: skip
+        wanted.append(-torch.stack(shares).log().mean(dim=0))
+    assert relative_error(both - without, 2 * torch.stack(wanted).mean(dim=0)) <= 1e-4
+
+
+@pytest.mark.parametrize(("positions", "height", "width", "counts"), [
+    (16, 16, 16, {4}), (64, 8, 8, {1}), (256, 16, 16, {1}), (8, 4, 8, {8}), (72, 24, 12, {1, 2}),
+])  # fmt: skip
+def test_own_tokens_of_maps_of_any_size(positions, height, width, counts):
+    own = own_tokens(positions, height, width, 8)
+    assert own.shape == (positions, 64) and own.any(dim=0).all()
+    assert set(own.sum(dim=1).tolist()) == counts
 
 
 @pytest.mark.parametrize("index", [0, 3, 7])
