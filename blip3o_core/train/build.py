@@ -17,6 +17,7 @@ from ..data.sample import GENERATION_TASKS, WRITING_TASKS
 from ..errors import ConfigError
 from ..models.qwen2_5_vl import TiedHead
 from .adapters import add_adapters, dropout_layers
+from .autoencoding import thumbnail_head
 from .config import TrainConfig
 from .contrastive import TextTower
 from .cpu_attention import write_out_attention
@@ -146,6 +147,10 @@ def build_model(
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:
         networks["vae"] = _load_decoder_part(sources, "vae", "vae", config, dtype=torch.float32, device=device, on_load=on_load)
+        if config.objective.thumbnail_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(hashed_seed(config.train.seed, "thumbnail head"))
+                networks["thumbnail_head"] = thumbnail_head(networks["vae"].config.latent_channels).to(device)
 
     model = TrainingModel(frozen, build_objectives(config.objective, tasks), image_pad_id=source.tokenizer.image_pad_id,
                           checkpoint_layers=config.train.gradient_checkpointing, **networks)  # fmt: skip

@@ -96,6 +96,9 @@ class ObjectiveOptions:
                                       "a language model that starts from nothing learns from it what a prompt asks for", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
+    thumbnail_weight: float = option(0.0, "autoencode: weight of the squared error with which a linear map finds the picture, as small as "
+                                     "the latents, in the latents; above 0 colours are values of the latents, not patterns, which a "
+                                     "decoder learns more easily", minimum=0)
     local_attention_weight: float = option(0.0, "decode: weight of a loss that makes one head of every cross-attention look at the part of "
                                            "the embedding that lies where it is: for a UNet that starts from nothing", minimum=0)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,

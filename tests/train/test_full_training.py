@@ -40,6 +40,7 @@ RUNS = {
     "clip": (["clip"], ["contrast"], 1e-3, (EVA,), ()),
     "clip, with labels": (["clip"], ["contrast", "segment"], 1e-3, (EVA,), ()),
     "vae": (["vae"], ["autoencode"], 3e-3, ("vae.",), ()),
+    "vae, with thumbnails": (["vae"], ["autoencode"], 3e-3, ("vae.",), ("objective.thumbnail_weight=1",)),
 }
 
 
@@ -98,7 +99,7 @@ def test_the_exported_tensors_are_the_trained_ones(finished):
     for key, value in trained.items():
         prefix = next((prefix for prefix in names if key.startswith(prefix)), None)
         if prefix is None:
-            assert key.startswith(("text_tower.", "segmentation_head.", "embedding_head."))
+            assert key.startswith(("text_tower.", "segmentation_head.", "embedding_head.", "thumbnail_head."))
             continue
         assert torch.equal(new[names[prefix] + key.removeprefix(prefix)], value), key
         found += 1

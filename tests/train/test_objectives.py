@@ -361,6 +361,24 @@ def test_the_form_of_the_prompt_reaches_the_data(data, tmp_path, tokenizer):
         assert prepared.examples[0].ids == tokenizer.training_ids("a red square", closed=closed)
 
 
+# autoencode
+
+
+def test_thumbnails_have_to_be_found_in_the_latents(data, tmp_path, relative_error):
+    both = full(data, tmp_path / "out", "vae", "autoencode", "objective.thumbnail_weight=3")
+    plain = full(data, tmp_path / "out", "vae", "autoencode")
+    head = both.model.thumbnail_head
+    wanted = []
+    for example in both.examples:
+        latents = both.model.vae.encode(example.picture[None]).latent_dist.mean[0]  # (4, h, w)
+        side = example.picture.shape[-1] // latents.shape[-1]
+        small = example.picture.unfold(1, side, side).unfold(2, side, side).mean(dim=(3, 4))
+        guess = torch.einsum("oc,chw->ohw", head.weight[:, :, 0, 0], latents) + head.bias[:, None, None]
+        wanted.append(3 * (guess - small).square().mean())
+    assert relative_error(both.losses() - plain.losses(), torch.stack(wanted)) <= 1e-4
+    assert plain.model.thumbnail_head is None
+
+
 # segment
 
 
