@@ -30,7 +30,8 @@ def autoencoding_objective(options: ObjectiveOptions) -> Objective:
         pictures = torch.stack([example.picture for example in examples]).to(model.device)
         posterior = model.vae.encode(pictures).latent_dist
         noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=draw.generator()) for draw in draws])
-        decoded = model.vae.decode(posterior.mean + posterior.std * noise.to(posterior.mean)).sample.float()
+        deviation = (posterior.var + (options.latent_noise / model.vae.config.scaling_factor) ** 2).sqrt()
+        decoded = model.vae.decode(posterior.mean + deviation * noise.to(posterior.mean)).sample.float()
         error = decoded - pictures
         pixels = error.abs().flatten(1).mean(dim=1) + error.square().flatten(1).mean(dim=1)
         found = pixels + KL_WEIGHT * posterior.kl()

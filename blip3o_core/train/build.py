@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..models.qwen2_5_vl import TiedHead
 from .adapters import add_adapters, dropout_layers
 from .autoencoding import thumbnail_head
-from .config import TrainConfig
+from .config import VAE_DECODER, TrainConfig
 from .contrastive import TextTower
 from .cpu_attention import write_out_attention
 from .fresh import start_afresh, start_queries_afresh
@@ -82,7 +82,8 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
                           "to draw, but neither of them trains on a drawing task. Set it to 0, or train latent_queries or backbone.")
     if "contrast" in tasks and config.train.batch_size < 2:
         raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
-    if config.train.precision == "fp16" and ("vae" in parts or config.trains_language_side or set(tasks) & set(WRITING_TASKS)):
+    delicate = bool(parts & {"vae", VAE_DECODER} or set(tasks) & set(WRITING_TASKS)) or config.trains_language_side
+    if config.train.precision == "fp16" and delicate:
         raise ConfigError('train.precision is "fp16", in which Qwen2.5-VL and the VAE overflow; here gradients pass through one of them. '
                           'Use "bf16".')
 
@@ -147,6 +148,9 @@ def build_model(
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:
         networks["vae"] = _load_decoder_part(sources, "vae", "vae", config, dtype=torch.float32, device=device, on_load=on_load)
+        if VAE_DECODER in full:
+            for half in (networks["vae"].decoder, networks["vae"].post_quant_conv):
+                half.requires_grad_(True)
         if config.objective.thumbnail_weight:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hashed_seed(config.train.seed, "thumbnail head"))

@@ -15,7 +15,8 @@ from ..lora.targets import DIT_TARGETS, LANGUAGE_MODEL_TARGETS
 from .options import build, option, read_toml, to_toml, with_overrides
 
 LORA_PARTS = ("dit", "language_model")
-PARTS = ("dit", "latent_queries", "backbone", "vision", "clip", "decoder", "vae")
+PARTS = ("dit", "latent_queries", "backbone", "vision", "clip", "decoder", "vae", "vae_decoder")
+VAE_DECODER = "vae_decoder"
 RESERVED_NAMES = ("trained", "ema")  # files of a checkpoint, beside which the LoRA lies
 FORMATS = ("auto", "folder", "jsonl", "conversations", "edits", "webdataset")
 
@@ -35,9 +36,10 @@ class TrainOptions:
 
     method: str = option("lora", "lora: small matrices beside frozen layers; full: the parts listed below", choices=("lora", "full"))
     parts: tuple[str, ...] = option((), "method full: which networks train; all others stay frozen. clip is the EVA-CLIP tower, decoder "
-                                    "the UNet, vae the decoder's autoencoder", choices=PARTS)
-    fresh: tuple[str, ...] = option((), "method full: which of these parts start from random weights instead of the checkpoint's",
+                                    "the UNet, vae the decoder's autoencoder, vae_decoder only the half of it that makes pixels",
                                     choices=PARTS)
+    fresh: tuple[str, ...] = option((), "method full: which of these parts start from random weights instead of the checkpoint's",
+                                    choices=PARTS[:-1])
     steps: int = option(1000, "updates of the weights", minimum=1)
     batch_size: int = option(4, "samples per process and micro-batch", minimum=1)
     gradient_accumulation: int = option(1, "micro-batches per update", minimum=1)
@@ -96,6 +98,8 @@ class ObjectiveOptions:
                                       "a language model that starts from nothing learns from it what a prompt asks for", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
+    latent_noise: float = option(0.0, "autoencode: deviation of noise that is added to the latents, which have one of about 1 themselves; "
+                                 "above 0 pixels depend less on small errors of the diffusion", minimum=0)
     thumbnail_weight: float = option(0.0, "autoencode: weight of the squared error with which a linear map finds the picture, as small as "
                                      "the latents, in the latents; above 0 colours are values of the latents, not patterns, which a "
                                      "decoder learns more easily", minimum=0)
@@ -218,6 +222,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train.method == "full" and not self.train.parts:
             raise ConfigError(f"train.parts is empty, but train.method is full. List what trains: {', '.join(PARTS)}.")
+        if {"vae", VAE_DECODER} <= set(self.train.parts):
+            raise ConfigError("train.parts lists vae and vae_decoder, which is one half of it. Remove one of them.")
         for part in self.train.fresh:
             if part not in self.train.parts:
                 raise ConfigError(f"train.fresh has {part}, which doesn't train: its random weights would stay random. Add {part} to "

@@ -22,8 +22,8 @@ from .segmentation import segmentation_objective
 UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
 TRAINS = {
     "text_to_image": UNIFIED_PARTS, "edit": UNIFIED_PARTS | {"vision"}, "reconstruct": UNIFIED_PARTS | {"vision"},
-    "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"}, "autoencode": {"vae"},
-    "segment": {"clip", "vision", "backbone"},
+    "understand": {"backbone", "vision"}, "text": {"backbone"}, "decode": {"decoder"}, "contrast": {"clip"},
+    "autoencode": {"vae", "vae_decoder"}, "segment": {"clip", "vision", "backbone"},
 }  # fmt: skip
 """Which parts the loss of a task reaches."""
 

@@ -40,6 +40,7 @@ RUNS = {
     "clip": (["clip"], ["contrast"], 1e-3, (EVA,), ()),
     "clip, with labels": (["clip"], ["contrast", "segment"], 1e-3, (EVA,), ()),
     "vae": (["vae"], ["autoencode"], 3e-3, ("vae.",), ()),
+    "vae, pixels only": (["vae_decoder"], ["autoencode"], 3e-3, ("vae.decoder.", "vae.post_quant_conv."), ("objective.latent_noise=0.2",)),
     "vae, with thumbnails": (["vae"], ["autoencode"], 3e-3, ("vae.",), ("objective.thumbnail_weight=1",)),
 }
 
@@ -216,6 +217,7 @@ def test_tied_embeddings_in_bfloat16(data, checkpoint_copy, tmp_path):
     (["clip", "dit"], ["contrast", "text_to_image"], (), "clip can't train in one run with text_to_image"),
     (["clip", "decoder"], ["contrast", "decode"], (), "clip can't train in one run with decode"),
     (["vae", "decoder"], ["autoencode", "decode"], (), "vae can't train in one run with decode"),
+    (["vae", "vae_decoder"], ["autoencode"], (), "vae and vae_decoder, which is one half of it"),
     (["clip"], ["contrast"], ("train.batch_size=1",), "tells the pictures of one batch apart"),
     (["vae"], ["autoencode"], ("train.precision=fp16",), "the VAE overflow"),
     (["backbone"], ["text"], ("train.precision=fp16",), "Qwen2.5-VL and the VAE overflow"),
