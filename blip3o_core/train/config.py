@@ -86,8 +86,9 @@ class ObjectiveOptions:
     picture_size: int = option(0, "decode, autoencode: side in pixels of the pictures; 0 takes the decoder's own", minimum=0)
     pixel_weight: float = option(0.0, "contrast: weight of the squared error with which a linear map finds the pixels in the embedding; "
                                  "above 0 embeddings keep the detail that a decoder needs", minimum=0)
-    whitening_weight: float = option(0.0, "contrast: weight of a penalty that makes the embedding's channels uncorrelated, mean 0 and "
-                                     "deviation 1; above 0 flow matching has an easier time with them", minimum=0)
+    whitening_weight: float = option(0.0, "contrast: weight of a penalty that makes the embedding's channels uncorrelated and of "
+                                     "deviation 1, but for what all pictures or all places of one share; above 0 flow matching has an "
+                                     "easier time with them", minimum=0)
     draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
                                    "of them share the work of encoding it, and need memory like a larger batch", minimum=1)
     counted_positions: float = option(0.0, "understand, segment: share of samples whose positions count up through pictures, as they do "

@@ -67,8 +67,12 @@ def distance_from_white(embeddings: Tensor) -> Tensor:
 
     Flow matching adds noise of deviation 1 to every channel alike. Where a few directions hold nearly all of the variance, as they do
     without this, detail in the others drowns in it. The idea is VICReg's (arXiv:2105.04906).
+    What all pictures have in common at a place, and all places of a picture, is taken away first: whitened with it, 82 % of nano's
+    embeddings were position and background, and a DiT learned to draw these and no objects.
     """
-    tokens = embeddings.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
+    own = embeddings - embeddings.mean(dim=0)
+    own = own - own.mean(dim=(2, 3), keepdim=True)
+    tokens = own.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
     moments = tokens.T @ tokens / len(tokens)
     return (moments - torch.eye(len(moments), device=moments.device)).square().sum() / len(moments)
 

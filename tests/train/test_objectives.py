@@ -502,11 +502,16 @@ def test_embeddings_may_have_to_keep_the_pixels(data, tmp_path, relative_error):
 
 
 def test_white_embeddings_cost_nothing_and_others_their_distance():
-    tokens, _ = torch.linalg.qr(torch.randn(2 * 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    white = (tokens * math.sqrt(len(tokens))).view(2, 8, 8, 6).permute(0, 3, 1, 2)
+    tokens = torch.randn(3, 64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = tokens - tokens.mean(dim=0) - (tokens.mean(dim=1, keepdim=True) - tokens.mean(dim=(0, 1)))
+    tokens, _ = torch.linalg.qr(tokens.flatten(0, 1))
+    white = (tokens * math.sqrt(len(tokens))).view(3, 8, 8, 6).permute(0, 3, 1, 2)
     assert distance_from_white(white).item() == pytest.approx(0, abs=1e-12)
     assert distance_from_white(2 * white).item() == pytest.approx(9)  # (4 - 1) squared in each of 6 channels, per channel
-    assert distance_from_white(white + 1).item() > 0.5, "a mean that is not 0 counts"
+    same = torch.randn(6, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert distance_from_white(white + same).item() == pytest.approx(0, abs=1e-12), "what all pictures have in common is free"
+    grounds = torch.tensor([1.0, -2, 3], dtype=torch.float64).view(3, 1, 1, 1)
+    assert distance_from_white(white + grounds).item() == pytest.approx(0, abs=1e-12), "and what all places of one have"
     twice = torch.cat((white[:, :3], white[:, :3]), dim=1)
     assert distance_from_white(twice).item() == pytest.approx(1), "channels that say the same do too"
 
