@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..images import eva_pixel_values, load_image, load_image_bytes, qwen_pixel_values
+from ..models.eva_clip import EMBEDDING_GRID
 from ..prompts import RECONSTRUCT_INSTRUCTION, PromptTokenizer
 from .broken import BrokenSample
 from .cache import FeatureCache, content_key
@@ -17,8 +18,6 @@ from .sample import GENERATION_TASKS, WRITING_TASKS, ImageSource, Sample
 from .transforms import augment
 
 PROMPT_IMAGE_SIDE = 448  # of pictures before an instruction, as when drawing
-EMBEDDING_SIDE = 8
-"""Tokens of a CLIP embedding along each axis."""
 LABELS = 16
 """Different labels in one channel of a map."""
 DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
@@ -149,7 +148,7 @@ class Preparer:
         if self.labels_embedding:
             example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
             square = picture_square(labels, self.eva_size, Image.Resampling.NEAREST)
-            example.label_shares = label_shares(square, EMBEDDING_SIDE, EMBEDDING_SIDE)
+            example.label_shares = label_shares(square, EMBEDDING_GRID, EMBEDDING_GRID)
             return
         example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
         rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])

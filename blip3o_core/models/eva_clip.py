@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from .layers import Attend, attend
 
 POOLING = 4  # cells of g x g that one embedding token averages, along each axis
+EMBEDDING_GRID = 8  # tokens of an embedding along each axis
 CONFIG_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "layer_norm_eps")
 
 

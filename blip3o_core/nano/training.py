@@ -39,7 +39,7 @@ DATA, SKELETON, START, MODEL = "data", "skeleton", "start", "model"
 STAGES: dict[str, tuple[str, ...]] = {
     "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-eyes": (), "5-backbone": ("4-eyes",),
     "6-unified": ("1-clip", "4-eyes", "5-backbone"), "7-pixels": ("2-vae",),
-}
+}  # fmt: skip
 """Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper, but for 7-pixels."""
 COUNTS = {
     "contrast": 30_000, "autoencode": 20_000, "decode": 60_000, "segment": 60_000, "understand": 100_000, "text": 40_000,

@@ -16,7 +16,7 @@ from ..checkpoint.load import OnLoad
 from ..errors import Blip3oError, InputError
 from ..images import eva_pixel_values, to_rgb_images
 from ..lora.chosen import ChosenLora, open_loras
-from ..models.eva_clip import EvaClip
+from ..models.eva_clip import EMBEDDING_GRID, EvaClip
 from ..models.nextdit import Condition, NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.sdxl import SdxlDecoder
@@ -31,7 +31,6 @@ from .chat import MAX_NEW_TOKENS, Chat, OnToken, some_rgb_images
 from .edit import DrawingChat, edit, vary
 from .language import TRAINED_SIZE, encode_prompts
 
-EMBEDDING_GRID = 8  # an embedding is 8 x 8 tokens
 OUTPUT_TYPES = ("pil", "pt", "latent")
 NEGATIVES = ("null_prompt", "zeros")
 NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed

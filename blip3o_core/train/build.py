@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.load import OnLoad, fill
-from ..data.prepare import EMBEDDING_SIDE
 from ..data.sample import GENERATION_TASKS, WRITING_TASKS
 from ..errors import ConfigError
+from ..models.eva_clip import EMBEDDING_GRID
 from ..models.qwen2_5_vl import TiedHead
 from .adapters import add_adapters, dropout_layers
 from .autoencoding import thumbnail_head
-from .config import VAE_DECODER, TrainConfig
+from .config import TrainConfig
 from .contrastive import TextTower
 from .cpu_attention import write_out_attention
 from .fresh import start_afresh, start_queries_afresh
@@ -82,7 +82,7 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
                           "to draw, but neither of them trains on a drawing task. Set it to 0, or train latent_queries or backbone.")
     if "contrast" in tasks and config.train.batch_size < 2:
         raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
-    delicate = bool(parts & {"vae", VAE_DECODER} or set(tasks) & set(WRITING_TASKS)) or config.trains_language_side
+    delicate = bool(parts & {"vae", "vae_decoder"} or set(tasks) & set(WRITING_TASKS)) or config.trains_language_side
     if config.train.precision == "fp16" and delicate:
         raise ConfigError('train.precision is "fp16", in which Qwen2.5-VL and the VAE overflow; here gradients pass through one of them. '
                           'Use "bf16".')
@@ -99,13 +99,19 @@ def build_model(
     lora = set(config.lora.parts) if config.train.method == "lora" else set()
     device, low = frozen.device, PRECISIONS[precision]
     generating, writing = any(task in GENERATION_TASKS for task in tasks), any(task in WRITING_TASKS for task in tasks)
-    source = sources.checkpoint
+    source, channels = sources.checkpoint, sources.checkpoint.dit_config.in_channels  # C of an embedding
 
     def load(loader, part: str, frozen_as: torch.dtype) -> nn.Module:
         network = loader(dtype=torch.float32 if part in full else frozen_as, device=device, on_load=on_load)
         if part in config.train.fresh:
             start_afresh(network, part, config.train.seed)
         return network.requires_grad_(True) if part in full else network
+
+    def seeded(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """What is thrown away after training, with start values of the run's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hashed_seed(config.train.seed, name))
+            return make().to(device)
 
     networks: dict[str, nn.Module] = {}
     if generating:
@@ -128,33 +134,25 @@ def build_model(
     if "clip" in full:
         networks["vision_encoder"] = load(sources.require_vision_encoder().load, "clip", low)
     if "contrast" in tasks:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hashed_seed(config.train.seed, "text tower"))
-            block_side = sources.require_vision_encoder().config.image_size // 8 if config.objective.pixel_weight else 0
-            networks["text_tower"] = TextTower(source.tokenizer.vocabulary_size, source.dit_config.in_channels, block_side).to(device)
+        block_side = sources.require_vision_encoder().config.image_size // EMBEDDING_GRID if config.objective.pixel_weight else 0
+        networks["text_tower"] = seeded("text tower", lambda: TextTower(source.tokenizer.vocabulary_size, channels, block_side))
     if "segment" in tasks:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hashed_seed(config.train.seed, "segmentation head"))
-            width = source.dit_config.in_channels if "clip" in full else source.text_config.hidden_size
-            networks["segmentation_head"] = segmentation_head(width).to(device)
+        width = channels if "clip" in full else source.text_config.hidden_size
+        networks["segmentation_head"] = seeded("segmentation head", lambda: segmentation_head(width))
     if generating and config.objective.regression_weight:
-        if source.num_queries != EMBEDDING_SIDE**2:
-            raise ConfigError(f"objective.regression_weight maps query i to token i of an embedding of {EMBEDDING_SIDE**2}, but "
+        if source.num_queries != EMBEDDING_GRID**2:
+            raise ConfigError(f"objective.regression_weight maps query i to token i of an embedding of {EMBEDDING_GRID**2}, but "
                               f"{source.folder} has {source.num_queries} queries. Set it to 0.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hashed_seed(config.train.seed, "embedding head"))
-            networks["embedding_head"] = nn.Linear(source.text_config.hidden_size, source.dit_config.in_channels).to(device)
+        networks["embedding_head"] = seeded("embedding head", lambda: nn.Linear(source.text_config.hidden_size, channels))
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:
         networks["vae"] = _load_decoder_part(sources, "vae", "vae", config, dtype=torch.float32, device=device, on_load=on_load)
-        if VAE_DECODER in full:
+        if "vae_decoder" in full:
             for half in (networks["vae"].decoder, networks["vae"].post_quant_conv):
                 half.requires_grad_(True)
         if config.objective.thumbnail_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hashed_seed(config.train.seed, "thumbnail head"))
-                networks["thumbnail_head"] = thumbnail_head(networks["vae"].config.latent_channels).to(device)
+            networks["thumbnail_head"] = seeded("thumbnail head", lambda: thumbnail_head(networks["vae"].config.latent_channels))
 
     model = TrainingModel(frozen, build_objectives(config.objective, tasks), image_pad_id=source.tokenizer.image_pad_id,
                           checkpoint_layers=config.train.gradient_checkpointing, **networks)  # fmt: skip

@@ -16,7 +16,6 @@ from .options import build, option, read_toml, to_toml, with_overrides
 
 LORA_PARTS = ("dit", "language_model")
 PARTS = ("dit", "latent_queries", "backbone", "vision", "clip", "decoder", "vae", "vae_decoder")
-VAE_DECODER = "vae_decoder"
 RESERVED_NAMES = ("trained", "ema")  # files of a checkpoint, beside which the LoRA lies
 FORMATS = ("auto", "folder", "jsonl", "conversations", "edits", "webdataset")
 
@@ -39,7 +38,7 @@ class TrainOptions:
                                     "the UNet, vae the decoder's autoencoder, vae_decoder only the half of it that makes pixels",
                                     choices=PARTS)
     fresh: tuple[str, ...] = option((), "method full: which of these parts start from random weights instead of the checkpoint's",
-                                    choices=PARTS[:-1])
+                                    choices=tuple(part for part in PARTS if part != "vae_decoder"))
     steps: int = option(1000, "updates of the weights", minimum=1)
     batch_size: int = option(4, "samples per process and micro-batch", minimum=1)
     gradient_accumulation: int = option(1, "micro-batches per update", minimum=1)
@@ -223,7 +222,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train.method == "full" and not self.train.parts:
             raise ConfigError(f"train.parts is empty, but train.method is full. List what trains: {', '.join(PARTS)}.")
-        if {"vae", VAE_DECODER} <= set(self.train.parts):
+        if {"vae", "vae_decoder"} <= set(self.train.parts):
             raise ConfigError("train.parts lists vae and vae_decoder, which is one half of it. Remove one of them.")
         for part in self.train.fresh:
             if part not in self.train.parts:

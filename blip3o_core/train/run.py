@@ -21,7 +21,7 @@ from ..sheets import contact_sheet
 from . import state as checkpoints
 from .build import build_model, frozen_dtype, require_compiler, require_trainable, resolve_precision
 from .caching import fill_caches
-from .config import VAE_DECODER, TrainConfig, as_dict, print_config
+from .config import TrainConfig, as_dict, print_config
 from .datasets import Caches, TrainingSets, open_training_sets, validation_examples
 from .ema import MovingAverage
 from .export import MODEL_FOLDER, export_lora, export_model
@@ -381,7 +381,7 @@ class Session:
 
     def _scaling_factor(self, run: Run, model: TrainingModel) -> float | None:
         """1 / standard deviation of the latents of a VAE that was trained."""
-        if model.vae is None or VAE_DECODER in self.config.train.parts:
+        if model.vae is None or "vae_decoder" in self.config.train.parts:
             return None
         examples = validation_examples(self.opened.sets, max(64, self.config.validation.samples))
         pictures = [example.picture for example in examples if example.picture is not None]
