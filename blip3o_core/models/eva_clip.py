@@ -1,7 +1,7 @@
 """The EVA-CLIP vision tower: what a CLIP embedding of BLIP3-o is, its training target, and the encoder of reconstruction.
 
 A plain ViT (EVA-CLIP-E, arXiv:2303.15389) with norms after attention and MLP, inside the residual branch; no final norm, no
-head. BLIP3-o keeps the patch tokens and averages them 4 x 4 (`early_pool2d_4`). Module names are those of the checkpoint.
+head. BLIP3-o keeps the patch tokens and averages them 4 x 4 (`early_pool2d_4`; a small tower may have fewer). Module names are those of the checkpoint.
 
 B batch, C width, g = image_size / patch_size, N = 1 + g * g tokens (the first is the class token), H heads.
 """
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .layers import Attend, attend
 
-POOLING = 4  # cells of g x g that one embedding token averages, along each axis
 EMBEDDING_GRID = 8  # tokens of an embedding along each axis
-CONFIG_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "layer_norm_eps")
+CONFIG_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "layer_norm_eps", "pooling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +33,15 @@ class EvaClipConfig:
     head_width: int = 112
     mlp_dim: int = 15360
     layer_norm_eps: float = 1e-6
+    pooling: int = 4  # cells of g x g that one embedding token averages, along each axis
 
     def __post_init__(self) -> None:
         if self.width % self.head_width:
             raise CheckpointError(f"an EVA-CLIP tower of width {self.width} can't have heads of width {self.head_width}. The head "
                                   "width is not in the tensors: put a config.json with head_width beside the weights.")
-        if self.image_size % (self.patch_size * POOLING):
+        if self.image_size % (self.patch_size * self.pooling):
             raise CheckpointError(f"an EVA-CLIP tower for {self.image_size} pixels in patches of {self.patch_size} can't be pooled "
-                                  f"{POOLING} x {POOLING}. This is not BLIP3-o's tower.")
+                                  f"{self.pooling} x {self.pooling}. This is not BLIP3-o's tower.")
 
     @property
     def heads(self) -> int:
@@ -56,7 +56,7 @@ class EvaClipConfig:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], source: object) -> "EvaClipConfig":
         """Reads sizes off the tensors; a field of CONFIG_FIELDS in `overrides` (a config.json) wins, others are ignored.
 
-        Only head_width and layer_norm_eps can't be read off: without an override they are the published ones.
+        Only head_width, layer_norm_eps and pooling can't be read off: without an override they are the published ones.
         Raises CheckpointError naming `source` if a size is neither given nor readable, or makes no sense.
         """
         given = {field: _positive(overrides[field], field, source) for field in CONFIG_FIELDS if field in overrides}
@@ -79,6 +79,7 @@ class EvaClipConfig:
             head_width=int(given.get("head_width", cls.head_width)),
             mlp_dim=round(width * given["mlp_ratio"]) if "mlp_ratio" in given else mlp_dim,
             layer_norm_eps=float(given.get("layer_norm_eps", cls.layer_norm_eps)),
+            pooling=int(given.get("pooling", cls.pooling)),
         )
 
 
@@ -99,9 +100,9 @@ class EvaClip(nn.Module):
         self.blocks = nn.ModuleList(EvaClipBlock(config, operations=operations, **factory) for _ in range(config.layers))
 
     def forward(self, pixel_values: Tensor, *, attend: Attend = attend) -> Tensor:
-        """(B, 3, image_size, image_size) normalised as by CLIP -> pooled features (B, C, g / 4, g / 4): 8 x 8 when published."""
+        """(B, 3, image_size, image_size) normalised as by CLIP -> features (B, C, g / pooling, g / pooling): 8 x 8."""
         grid = self.tokens(pixel_values, attend=attend).transpose(1, 2).unflatten(2, (self.config.grid, -1))  # (B, C, g, g)
-        return F.avg_pool2d(grid, POOLING)
+        return F.avg_pool2d(grid, self.config.pooling)
 
     def tokens(self, pixel_values: Tensor, *, attend: Attend = attend) -> Tensor:
         """(B, 3, image_size, image_size) -> patch tokens (B, g * g, C), row-major, without the class token."""

@@ -11,7 +11,7 @@ PROMPT_SIDE = 140  # of pictures before Qwen's eyes: 5 x 5 cells of 28 pixels, t
 NUM_QUERIES = 64
 VOCABULARY = 752  # of the byte-level BPE, without special tokens
 WIDTH = 256  # of the backbone
-EMBEDDING_WIDTH = 32  # C of a CLIP embedding
+EMBEDDING_WIDTH = 48  # C of a CLIP embedding
 
 SPECIAL_TOKENS = (
     "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
@@ -22,8 +22,8 @@ SPECIAL_TOKENS = (
 DRAWING = {"steps": 30, "guidance_scale": 3.0, "decoder_steps": 25, "decoder_guidance_scale": 1.0, "width": 128, "height": 128}
 """What pictures are drawn with by default. The decoder is not guided; to be tuned once it is trained."""
 
-EVA = EvaClipConfig(image_size=128, patch_size=4, width=EMBEDDING_WIDTH, layers=4, head_width=32, mlp_dim=192)
-DIT = NextDiTConfig(in_channels=EMBEDDING_WIDTH, dim=256, num_layers=6, num_heads=4, ffn_dim=768, conditioning_dim=128, context_dim=WIDTH)
+EVA = EvaClipConfig(image_size=128, patch_size=16, width=EMBEDDING_WIDTH, layers=6, head_width=12, mlp_dim=288, pooling=1)
+DIT = NextDiTConfig(in_channels=EMBEDDING_WIDTH, dim=192, num_layers=6, num_heads=4, ffn_dim=576, conditioning_dim=128, context_dim=WIDTH)
 
 
 def model_config(token_ids: dict[str, int], vocab_size: int) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def model_config(token_ids: dict[str, int], vocab_size: int) -> dict[str, Any]:
         "eos_token_id": token_ids["<|im_end|>"],
         "pad_token_id": token_ids["<|endoftext|>"],
         "gen_hidden_size": EMBEDDING_WIDTH,
-        "gen_pooling": "early_pool2d_4",
+        "gen_pooling": f"early_pool2d_{EVA.pooling}",
         "gen_vision_tower": "eva-clip-E-14-plus",
-        "gen_vision_config": {"head_width": EVA.head_width, "layer_norm_eps": EVA.layer_norm_eps},
+        "gen_vision_config": {"head_width": EVA.head_width, "layer_norm_eps": EVA.layer_norm_eps, "pooling": EVA.pooling},
         "n_query": NUM_QUERIES,
         "image_side": PROMPT_SIDE,
         "drawing": DRAWING,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.save import whole_folder, write_safetensors
-from ..models.eva_clip import POOLING, EvaClip
+from ..models.eva_clip import EMBEDDING_GRID, EvaClip
 from ..models.nextdit import NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower, text_config, vision_config
 from ..presets import PRESETS
@@ -19,12 +19,12 @@ from ..prompts import NULL_PROMPT, RECONSTRUCT_INSTRUCTION, SYSTEM, generation_t
 from ..shapes import edits, questions, texts
 from ..shapes.datasets import described_scene
 from ..shapes.facts import random_scene
-from ..train.fresh import start_afresh, start_queries_afresh
+from ..train.fresh import start_afresh
 from . import sizes
 
 TOKENIZER_SAMPLES = 1000
 FRAME_REPEATS = 500  # the words of the templates become one token each
-POSITION_SCALE = 0.5  # of EVA-CLIP's first positions: as loud as a patch
+POSITION_SCALE = 0.5  # of the first positions of EVA-CLIP, as loud as a patch, and of the queries, which are nothing else at first
 
 
 def write_skeleton(folder: Path, *, seed: int) -> None:
@@ -57,7 +57,10 @@ def _root_tensors(config: dict, folder: Path, seed: int) -> dict[str, Tensor]:
     dit, eva = NextDiT(sizes.DIT), EvaClip(sizes.EVA)
     for network, part in ((backbone.language_model, "backbone"), (vision_tower, "vision"), (dit, "dit"), (eva, "clip")):
         start_afresh(network, part, seed)
-    start_queries_afresh(backbone.latent_queries, seed)
+    for layer in dit.layers:
+        layer.gate.data.fill_(1.0)  # listens to the prompt from the first step
+        layer.attn2.norm_q.bias.data.fill_(1.0)  # what is turned by positions, so that heads may learn to look where they are
+    backbone.latent_queries.data = POSITION_SCALE * _positions(EMBEDDING_GRID, sizes.WIDTH)[None]
     eva.pos_embed.data[0, 1:] = POSITION_SCALE * _positions(sizes.EVA.grid, sizes.EMBEDDING_WIDTH)
     prefixes: dict[str, nn.Module] = {
         "model.": backbone.language_model, "visual.": vision_tower.network, "model.dit.model.": dit,
@@ -68,8 +71,8 @@ def _root_tensors(config: dict, folder: Path, seed: int) -> dict[str, Tensor]:
 
 
 def _positions(grid: int, width: int) -> Tensor:
-    """(grid * grid, width): sines and cosines of row and column, slow enough to survive the pooling of POOLING x POOLING patches."""
-    frequencies = math.pi / grid * (grid / POOLING / 2) ** (torch.arange(width // 4) / (width // 4 - 1))  # half a wave to 4 cells a wave
+    """(grid * grid, width): sines and cosines of row and column."""
+    frequencies = math.pi / grid * (grid / 2) ** (torch.arange(width // 4) / (width // 4 - 1))  # half a wave to 4 patches a wave
     angles = (torch.arange(grid) + 0.5)[:, None] * frequencies  # (grid, width / 4)
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)  # (grid, width / 2)
     rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)

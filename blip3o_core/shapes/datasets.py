@@ -24,13 +24,13 @@ from . import edits, prompts, questions, texts
 from .doodles import doodled_picture
 from .facts import random_scene
 from .holdout import is_held_out
-from .language import caption, detailed_caption
+from .language import caption, complete_caption, detailed_caption
 from .world import Scene, label_map, pick, render
 
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
 """What the data was made with; another seed or number in the same folder is refused."""
-VERSION = 3  # of what the generator makes from a seed; raise it whenever a sample changes
+VERSION = 4  # of what the generator makes from a seed; raise it whenever a sample changes
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
@@ -125,12 +125,15 @@ def png(picture: Image.Image) -> bytes:
 
 
 def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
-    """For text-to-image and contrast: half prompts of the six categories, half captions of any scene."""
-    if rng.random() < 0.5:
+    """For text-to-image and contrast: prompts of the six categories, and captions of any scene, most of which leave nothing open.
+
+    What a caption leaves open, a model can't be wrong about, so it learns little from it.
+    """
+    if rng.random() < 0.4:
         prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng)
         return prompts.scene_for(prompt, rng), prompt.text
     scene = random_scene(rng, refuse=is_held_out)
-    return scene, detailed_caption(scene, rng) if rng.random() < 0.4 else caption(scene, rng)
+    return scene, pick(rng, (*4 * (complete_caption,), detailed_caption, caption))(scene, rng)
 
 
 def _captioned(rng: np.random.Generator) -> Members:

@@ -126,6 +126,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return styled(pick(rng, ("{}", "{}", "a picture of {}", "there {be} {}")), phrase(facts, rng), rng, several=len(scene.objects) > 1)
 
 
+def complete_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One phrase with all that the picture shows: of each object, in any order, size, colour and place; and the background."""
+    things = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    facts = Facts(tuple(wanted(thing, "colour", "size", place=place_of(thing)) for thing in things), background=scene.background)
+    return styled(pick(rng, ("{}", "{}", "a picture of {}", "there {be} {}")), phrase(facts, rng), rng, several=len(things) > 1)
+
+
 def styled(template: str, text: str, rng: np.random.Generator, *, several: bool = False) -> str:
     """The text in a template, as a sentence or not."""
     text = template.replace("{be}", "are" if several and not text.startswith(("a ", "an ")) else "is").replace("{}", text)

@@ -3,6 +3,7 @@
 Lengths are fractions of the picture's side, from its upper left corner; x points right, y down.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ COLOURS: dict[str, RGB] = {
     "orange": (245, 130, 30), "white": (245, 245, 245), "black": (25, 25, 25),
 }  # fmt: skip
 BACKGROUNDS: dict[str, RGB] = {"white": COLOURS["white"], "black": COLOURS["black"], "grey": (128, 128, 128), "sky": (150, 200, 240)}
-SIZES = {"small": 0.1, "large": 0.165}
-"""Half the width of an object."""
+SIZES = {"small": 0.125, "large": 0.1875}
+"""Half the width of an object: 32 or 48 pixels of 128."""
 
 MAX_OBJECTS = 4
 MARGIN = 0.03  # between an object and the border
@@ -36,9 +37,12 @@ RING_HOLE = 0.52  # inner radius of a ring
 SUPERSAMPLING = 4
 _MIDDLE = 0.4  # radius of what label_map calls the middle of an object, as a share of its own
 
-# Bands of a coordinate. Texts are made of clear cases only; a drawn object that lies a little beside them is still accepted.
-_CLEAR = {"low": (0.0, 0.31), "middle": (0.41, 0.59), "high": (0.69, 1.0)}
-_TOLERANCE = 0.09
+LATTICE = 16
+"""Centres are whole sixteenths of the side. An object then cuts its cells of 16 pixels, of which a CLIP embedding has one token each, in
+one of four ways, and a small model sees each of them often."""
+BANDS = {"low": (3, 4, 5), "middle": (7, 8, 9), "high": (11, 12, 13)}
+"""Where centres may lie along an axis, in steps of the lattice: every object is clearly in a place that texts can name."""
+_TOLERANCE = 0.09  # a drawn object that lies a little beside its band is still accepted
 PLACES: dict[str, tuple[str, str]] = {
     "top left": ("low", "low"), "top": ("middle", "low"), "top right": ("high", "low"),
     "left": ("low", "middle"), "centre": ("middle", "middle"), "right": ("high", "middle"),
@@ -113,8 +117,10 @@ def is_in_place(thing: Object, place: str) -> bool:
 
 
 def _within(thing: Object, place: str, tolerance: float) -> bool:
-    bands = [_CLEAR[band] for band in PLACES[place]]
-    return all(low - tolerance <= value <= high + tolerance for value, (low, high) in zip(thing.centre, bands, strict=True))
+    bands = [BANDS[band] for band in PLACES[place]]
+    tolerance += 1e-6
+    return all(band[0] / LATTICE - tolerance <= value <= band[-1] / LATTICE + tolerance
+               for value, band in zip(thing.centre, bands, strict=True))
 
 
 def closeness(first: Object, relation: str, second: Object) -> float:
@@ -133,10 +139,10 @@ def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
 
 
 def random_centre(rng: np.random.Generator, size: str, place: str | None = None) -> Point:
-    """Anywhere inside the margins, or clearly in a place."""
+    """Anywhere inside the margins, or in a place."""
     reach = SIZES[size] + MARGIN
-    bands = [(0.0, 1.0)] * 2 if place is None else [_CLEAR[band] for band in PLACES[place]]
-    x, y = (float(rng.uniform(max(low, reach), min(high, 1 - reach))) for low, high in bands)
+    bands = [tuple(itertools.chain(*BANDS.values()))] * 2 if place is None else [BANDS[band] for band in PLACES[place]]
+    x, y = (pick(rng, [step / LATTICE for step in band if reach <= step / LATTICE <= 1 - reach]) for band in bands)
     return x, y
 
 

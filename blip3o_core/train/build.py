@@ -139,10 +139,12 @@ def build_model(
     if "segment" in tasks:
         width = channels if "clip" in full else source.text_config.hidden_size
         networks["segmentation_head"] = seeded("segmentation head", lambda: segmentation_head(width))
+    if generating:
+        for name in ("regression_weight", "local_attention_weight"):
+            if getattr(config.objective, name) and source.num_queries != EMBEDDING_GRID**2:
+                raise ConfigError(f"objective.{name} ties query i to token i of an embedding of {EMBEDDING_GRID**2}, but "
+                                  f"{source.folder} has {source.num_queries} queries. Set it to 0.")
     if generating and config.objective.regression_weight:
-        if source.num_queries != EMBEDDING_GRID**2:
-            raise ConfigError(f"objective.regression_weight maps query i to token i of an embedding of {EMBEDDING_GRID**2}, but "
-                              f"{source.folder} has {source.num_queries} queries. Set it to 0.")
         networks["embedding_head"] = seeded("embedding head", lambda: nn.Linear(source.text_config.hidden_size, channels))
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)

@@ -103,8 +103,9 @@ class ObjectiveOptions:
     thumbnail_weight: float = option(0.0, "autoencode: weight of the squared error with which a linear map finds the picture, as small as "
                                      "the latents, in the latents; above 0 colours are values of the latents, not patterns, which a "
                                      "decoder learns more easily", minimum=0)
-    local_attention_weight: float = option(0.0, "decode: weight of a loss that makes one head of every cross-attention look at the part of "
-                                           "the embedding that lies where it is: for a UNet that starts from nothing", minimum=0)
+    local_attention_weight: float = option(0.0, "drawing tasks, decode: weight of a loss that makes one head of every cross-attention "
+                                           "look at the part of the condition that lies where it is: for a DiT or UNet that starts from "
+                                           "nothing", minimum=0)
     weights: dict[str, float] = option({}, "weight of the loss per task, 1 unless given, for instance {understand = 0.5}", keys=TASKS,
                                        minimum=0)
 

@@ -84,7 +84,8 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
         encoder = sources.require_vision_encoder()
         for name, entry in encoder.entries.items():
             tensors[EVA_PREFIX + name] = values[f"vision_encoder.{name}"].detach().to(entry.dtype)
-        sizes = {"head_width": encoder.config.head_width, "layer_norm_eps": encoder.config.layer_norm_eps}  # not in the tensors
+        own = encoder.config
+        sizes = {"head_width": own.head_width, "layer_norm_eps": own.layer_norm_eps, "pooling": own.pooling}  # not in the tensors
         changes["config.json"] = {"gen_vision_config": sizes}
     decoder_tensors = {}
     for part in ("unet", "vae"):

@@ -1,8 +1,11 @@
-"""First lessons for a UNet that starts from nothing: look at those tokens of the embedding that lie where you are.
+"""First lessons for a UNet or a DiT that starts from nothing: look at those tokens of the condition that lie where you are.
 
 Nothing tells SDXL's UNet positions; it can only work them out from the borders, where convolutions meet zeros. Nano's had seen 100,000
 latents before one head, in its last block, looked up what belongs where it was (to 0.1 cells), and no other head ever did: what the
 embedding says reached two residual blocks only, and shapes stayed blurred. Asked for directly, one head of every block learns it.
+
+The DiT knows where its own tokens are, by rotary positions, but the states of the queries carry none. Where query i learns to tell token i
+(objective.regression_weight), nano's DiT still read only what all states have in common, the background, after 50,000 prompts.
 """
 
 import math
@@ -10,7 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..models.layers import apply_rope, rope_2d
+from ..models.nextdit import NextDiT
 
 LOCAL_HEAD = 0
 """The head that has to look close by; the others may look where they like."""
@@ -39,6 +46,27 @@ def local_attention(unet: nn.Module, height: int, width: int) -> Iterator[list[T
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def condition_attention_loss(dit: NextDiT, states: Tensor) -> Tensor:
+    """Query states (B, side * side, H) -> loss (B,), averaged over blocks: -log of what the local head of token i would give to state i.
+
+    Asked is for the part of the DiT's queries that is the same for every token and noise level, their norm's bias turned by the token's
+    position: so it takes no pass through the DiT.
+    """
+    side, heads = math.isqrt(states.shape[1]), dit.config.num_heads
+    rope = rope_2d(side, side, dit.config.dim // heads, states.device)
+    own = torch.arange(states.shape[1], device=states.device)
+    caption = dit.caption_projection(states)
+    losses = []
+    for layer in dit.layers:
+        attention = layer.attn2
+        bias = attention.norm_q.bias.float().unflatten(0, (heads, -1))[LOCAL_HEAD]
+        query = apply_rope(bias.expand(1, len(own), 1, -1), rope)[0, :, 0]  # (N, D / H)
+        key = attention.norm_k(attention.to_k(layer.norm1_context(caption))).unflatten(-1, (heads, -1))[:, :, LOCAL_HEAD].float()
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, N, L)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), own.expand(len(states), -1), reduction="none").mean(dim=1))
+    return torch.stack(losses).mean(dim=0)
 
 
 def own_tokens(positions: int, height: int, width: int, side: int) -> Tensor:

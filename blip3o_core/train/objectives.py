@@ -14,6 +14,7 @@ from .autoencoding import autoencoding_objective
 from .config import ObjectiveOptions
 from .contrastive import contrastive_objective
 from .denoising import denoising_objective
+from .local_attention import condition_attention_loss
 from .losses import answer_cross_entropy, embedding_regression, flow_matching
 from .model import Objective, TrainingModel
 from .noise import Draw, counted_positions, flow_draws, repeated
@@ -46,15 +47,18 @@ def build_objectives(options: ObjectiveOptions, tasks: Sequence[str]) -> dict[st
 def flow_matching_objective(options: ObjectiveOptions) -> Objective:
     """CLIP + flow matching: the DiT learns the velocity noise - embedding, given the query states of the prompt.
 
-    With `regression_weight` also CLIP + MSE: the state of query i is mapped to token i, here only to teach the language side.
+    With `regression_weight` also CLIP + MSE: the state of query i is mapped to token i, here only to teach the language side; with
+    `local_attention_weight` token i of the DiT learns to look at the state of query i.
     """
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         data = model.targets(examples)  # (B, C, 8, 8) float32
         states = model.query_states(examples)  # (B, Q, H)
-        regression = 0.0
+        lessons = 0.0
         if model.embedding_head is not None:
-            regression = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
+            lessons = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
+        if options.local_attention_weight:
+            lessons = lessons + options.local_attention_weight * condition_attention_loss(model.dit, states)
         draws = repeated(draws, options.draws_per_sample)
         rounds = len(draws) // len(examples)
         data, states = data.repeat(rounds, 1, 1, 1), states.repeat(rounds, 1, 1)
@@ -63,7 +67,7 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
         states = states * drawn.kept.to(states)[:, None, None]
         found = flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
                               shift=options.shift)  # fmt: skip
-        return found.unflatten(0, (rounds, -1)).mean(dim=0) + regression
+        return found.unflatten(0, (rounds, -1)).mean(dim=0) + lessons
 
     return losses
 

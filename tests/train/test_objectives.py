@@ -13,13 +13,14 @@ from blip3o_core.data.sample import Sample
 from blip3o_core.errors import ConfigError, InputError
 from blip3o_core.images import qwen_pixel_values
 from blip3o_core.models.layers import attend
+from blip3o_core.models.nextdit import NextDiT, NextDiTConfig
 from blip3o_core.prompts import TRAINED_PROMPT_TOKENS
 from blip3o_core.sampling.discrete_euler import signal_rates
 from blip3o_core.train.config import ObjectiveOptions
 from blip3o_core.train.contrastive import contrastive_objective, distance_from_white
 from blip3o_core.train.cpu_attention import attend_written_out
 from blip3o_core.train.denoising import denoising_timesteps
-from blip3o_core.train.local_attention import own_tokens
+from blip3o_core.train.local_attention import condition_attention_loss, own_tokens
 from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
 from blip3o_core.train.noise import Draw, flow_draws
 from blip3o_core.train.validation import validation_losses
@@ -163,6 +164,27 @@ def test_heads_pay_for_looking_elsewhere(data, tmp_path, relative_error):
                   for row in range(side) for column in range(side)]  # fmt: skip
         wanted.append(-torch.stack(shares).log().mean(dim=0))
     assert relative_error(both - without, 2 * torch.stack(wanted).mean(dim=0)) <= 1e-4
+
+
+def test_the_dit_pays_for_looking_at_other_queries(relative_error):
+    """Against the attention of a forward pass whose queries are the same for every token but for their position."""
+    torch.manual_seed(0)
+    dit = NextDiT(NextDiTConfig(in_channels=4, dim=32, num_layers=3, num_heads=2, ffn_dim=32, conditioning_dim=8, context_dim=12))
+    for layer in dit.layers:
+        torch.nn.init.zeros_(layer.gate)
+        torch.nn.init.zeros_(layer.attn2.to_q.weight)
+        torch.nn.init.normal_(layer.attn2.norm_q.bias)
+    states, shares = torch.randn(3, 64, 12), []
+
+    def record(q, k, v):
+        shares.append((q[:, 0] @ k[:, 0].transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1).diagonal(dim1=1, dim2=2))  # (B, N)
+        return attend(q, k, v)
+
+    with torch.no_grad():
+        dit(torch.randn(3, 4, 8, 8), torch.full((3,), 500.0), states, attend=record)
+        losses = condition_attention_loss(dit, states)
+    assert losses.shape == (3,) and len(shares) == 6
+    assert relative_error(losses, -torch.stack(shares[1::2]).log().mean(dim=(0, 2))) <= 1e-5  # self- and cross-attention take turns
 
 
 @pytest.mark.parametrize(("positions", "height", "width", "counts"), [

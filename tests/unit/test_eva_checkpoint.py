@@ -51,6 +51,19 @@ def edit_config(folder: Path, **changes) -> None:
 # --- forms
 
 
+@pytest.mark.parametrize("pooling", [1, 2, 4])
+def test_how_many_patches_a_token_averages_comes_from_the_configuration(folder, state, pooling):
+    save_file(state, folder / "model.safetensors")
+    edit_config(folder, pooling=pooling)
+    model = load(folder)
+    grid = model.config.grid
+    with torch.no_grad():
+        pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size, generator=torch.Generator().manual_seed(0))
+        found, tokens = model(pixels), model.tokens(pixels).transpose(1, 2).unflatten(2, (grid, grid))
+    assert found.shape[-2:] == (grid // pooling, grid // pooling)
+    assert torch.allclose(found[..., -1, -1], tokens[..., -pooling:, -pooling:].mean(dim=(2, 3)), atol=1e-6)
+
+
 def test_the_published_pickle(state):
     model = load(PUBLISHED)
     assert_is_the_tower(model, state)

@@ -20,7 +20,18 @@ from blip3o_core.shapes.holdout import (
     is_held_out,
     is_held_out_relation,
 )
-from blip3o_core.shapes.language import caption, detailed_caption, phrase, plural, refer, references, with_article
+from blip3o_core.shapes.language import (
+    NUMBERS,
+    PLACE_PHRASES,
+    caption,
+    complete_caption,
+    detailed_caption,
+    phrase,
+    plural,
+    refer,
+    references,
+    with_article,
+)
 from blip3o_core.shapes.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene, is_possible, place_of
 
 RED_CIRCLE = Object("circle", "red", "large", (0.25, 0.5))
@@ -34,7 +45,7 @@ def texts_of_training(count: int) -> list[str]:
     found = []
     for _ in range(count):
         scene = random_scene(rng, refuse=is_held_out)
-        found += [caption(scene, rng), detailed_caption(scene, rng), prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text]
+        found += [caption(scene, rng), detailed_caption(scene, rng), complete_caption(scene, rng), prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text]
         found += [text for question in questions.questions(scene, rng) for text in (question.text, question.answer)]
         found += [edits.make_edit(edits.KINDS[len(found) % 6], rng).instruction]
         found += [text for kind in texts.KINDS for task in [texts.make_text(kind, rng)] for text in (task.question, task.answer)]
@@ -63,6 +74,20 @@ def test_wording_varies():
     facts = Facts((Wanted("circle", "red"), Wanted("square", "blue")), ((0, "left of", 1),))
     found = {phrase(facts, rng) for _ in range(60)}
     assert {"a red circle left of a blue square", "a blue square with a red circle to its left"} <= found
+
+
+def test_complete_captions_leave_nothing_open():
+    rng = np.random.default_rng(1)
+    places = {words: place for place, phrases in PLACE_PHRASES.items() for words in phrases}
+    for _ in range(100):
+        scene = random_scene(rng)
+        text = complete_caption(scene, rng).lower().rstrip(".")
+        counted = Counter()
+        thing = rf"(a|an|one|two|three|four|[1-4]) (small|large) (\w+) ({'|'.join(SHAPES)})(?:es|s)? ({'|'.join(sorted(places, key=len)[::-1])})"
+        for number, size, colour, shape, words in re.findall(thing, text):
+            counted[shape, colour, size, places[words]] += NUMBERS.index(number) if number in NUMBERS else int(number) if number.isdigit() else 1
+        assert counted == Counter((own.shape, own.colour, own.size, place_of(own)) for own in scene.objects), text
+        assert re.search(rf"{'gr[ae]y' if scene.background == 'grey' else scene.background}( blue)? background", text), text
 
 
 def test_references_mean_one_object_only():

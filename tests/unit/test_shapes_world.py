@@ -14,6 +14,7 @@ from blip3o_core.shapes.world import (
     PLACES,
     RELATIONS,
     SHAPES,
+    SIZES,
     Object,
     Scene,
     backgrounds_for,
@@ -56,6 +57,13 @@ def test_maps_of_labels_lie_under_their_pictures():
         assert (np.abs(picture[~inside] - BACKGROUNDS[scene.background]).sum(axis=1) < 10).mean() > 0.95
 
 
+def test_every_object_is_in_a_place_that_texts_can_name():
+    rng = np.random.default_rng(3)
+    things = [thing for _ in range(200) for thing in random_scene(rng).objects]
+    assert {place_of(thing) for thing in things} == set(PLACES)
+    assert all((value * 16).is_integer() for thing in things for value in thing.centre)
+
+
 def test_objects_never_overlap_leave_the_picture_or_vanish_in_the_background():
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -86,7 +94,7 @@ def test_every_colour_has_two_backgrounds_and_every_background_six_colours():
 def test_a_shape_fills_its_box_and_lies_in_its_middle(shape):
     pixels = np.asarray(render(Scene((Object(shape, "white", "large", (0.5, 0.5)),), "black"), 400))[:, :, 0]
     rows, columns = np.flatnonzero((pixels > 128).any(axis=1)), np.flatnonzero((pixels > 128).any(axis=0))
-    width = 400 * 2 * 0.165
+    width = 400 * 2 * SIZES["large"]
     assert max(np.ptp(rows), np.ptp(columns)) + 1 == pytest.approx(0.9 * width if shape == "square" else width, abs=2)
     assert rows[[0, -1]].mean() == pytest.approx(199.5, abs=1.5)
     assert columns[[0, -1]].mean() == pytest.approx(199.5, abs=1.5)
