@@ -1,7 +1,8 @@
 """The EVA-CLIP vision tower: what a CLIP embedding of BLIP3-o is, its training target, and the encoder of reconstruction.
 
 A plain ViT (EVA-CLIP-E, arXiv:2303.15389) with norms after attention and MLP, inside the residual branch; no final norm, no
-head. BLIP3-o keeps the patch tokens and averages them 4 x 4 (`early_pool2d_4`; a small tower may have fewer). Module names are those of the checkpoint.
+head. BLIP3-o keeps the patch tokens and averages them 4 x 4 (`early_pool2d_4`), or fewer where a small tower has larger patches. Module
+names are those of the checkpoint.
 
 B batch, C width, g = image_size / patch_size, N = 1 + g * g tokens (the first is the class token), H heads.
 """

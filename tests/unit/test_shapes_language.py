@@ -45,7 +45,8 @@ def texts_of_training(count: int) -> list[str]:
     found = []
     for _ in range(count):
         scene = random_scene(rng, refuse=is_held_out)
-        found += [caption(scene, rng), detailed_caption(scene, rng), complete_caption(scene, rng), prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text]
+        found += [describe(scene, rng) for describe in (caption, detailed_caption, complete_caption)]
+        found += [prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text]
         found += [text for question in questions.questions(scene, rng) for text in (question.text, question.answer)]
         found += [edits.make_edit(edits.KINDS[len(found) % 6], rng).instruction]
         found += [text for kind in texts.KINDS for task in [texts.make_text(kind, rng)] for text in (task.question, task.answer)]
@@ -83,9 +84,11 @@ def test_complete_captions_leave_nothing_open():
         scene = random_scene(rng)
         text = complete_caption(scene, rng).lower().rstrip(".")
         counted = Counter()
-        thing = rf"(a|an|one|two|three|four|[1-4]) (small|large) (\w+) ({'|'.join(SHAPES)})(?:es|s)? ({'|'.join(sorted(places, key=len)[::-1])})"
+        thing = rf"(\w+) (small|large) (\w+) ({'|'.join(SHAPES)})(?:es|s)? ({'|'.join(sorted(places, key=len, reverse=True))})"
         for number, size, colour, shape, words in re.findall(thing, text):
-            counted[shape, colour, size, places[words]] += NUMBERS.index(number) if number in NUMBERS else int(number) if number.isdigit() else 1
+            counted[shape, colour, size, places[words]] += {"a": 1, "one": 1}.get(number) or (
+                NUMBERS.index(number) if number in NUMBERS else int(number)
+            )
         assert counted == Counter((own.shape, own.colour, own.size, place_of(own)) for own in scene.objects), text
         assert re.search(rf"{'gr[ae]y' if scene.background == 'grey' else scene.background}( blue)? background", text), text
 
