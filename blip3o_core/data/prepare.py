@@ -40,7 +40,7 @@ class Example:
     states: Tensor | None = None  # cached query states (Q, H)
     target_key: str = ""
     states_key: str = ""
-    label_shares: Tensor | None = None  # (channels, cells, LABELS) of each cell's area
+    label_shares: Tensor | None = None  # (channels, cells, LABELS) of each cell's area; when drawing, of the cells of the embedding
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class Preparer:
         example.ids = self.tokenizer.training_ids(text, image_tokens=counts, closed=self.closed_turn)
 
     def _target(self, example: Example, sample: Sample, flipped: bool) -> None:
+        if sample.labels is not None:
+            example.label_shares = self._embedding_labels(open_picture(sample.labels, sample.name), flipped)
         if self.targets is not None:
             example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
             example.target = self.targets.load(example.target_key)
@@ -147,13 +149,17 @@ class Preparer:
         picture, labels = (mirrored(open_picture(source, sample.name), flipped) for source in (sample.images[0], sample.target))
         if self.labels_embedding:
             example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
-            square = picture_square(labels, self.eva_size, Image.Resampling.NEAREST)
-            example.label_shares = label_shares(square, EMBEDDING_GRID, EMBEDDING_GRID)
+            example.label_shares = self._embedding_labels(labels, False)
             return
         example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
         rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
         example.label_shares = label_shares(labels, rows, columns)
         example.ids, _ = self.tokenizer.conversation_ids((("user", ""), ("assistant", "")), [rows * columns])
+
+    def _embedding_labels(self, labels: Image.Image, flipped: bool) -> Tensor:
+        """(channels, 64, LABELS)."""
+        square = picture_square(mirrored(labels, flipped), self.eva_size, Image.Resampling.NEAREST)
+        return label_shares(square, EMBEDDING_GRID, EMBEDDING_GRID)
 
     @property
     def _pixel_bounds(self) -> dict[str, int]:

@@ -31,3 +31,4 @@ class Sample:
     turns: tuple[tuple[str, str], ...] = ()  # (role "user" or "assistant", text), the last one an answer
     images: tuple[ImageSource, ...] = ()  # what the backbone sees
     target: ImageSource | None = None  # what is to be drawn; of the task segment a map of labels
+    labels: ImageSource | None = None  # drawing tasks, if there is one: a map of labels of what is to be drawn

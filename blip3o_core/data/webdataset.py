@@ -32,6 +32,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:; a Wind
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 _BLOCK = 512
+_LABELS = "labels.png"
 
 
 class WebDataset:
@@ -116,7 +117,7 @@ def read_sample(name: str, task: str, members: dict[str, Any]) -> Sample:
     """One sample from the bytes of its members, by suffix. Raises BrokenSample if one is missing or can't be understood."""
     if task == "edit":
         return Sample(name, task, text=_text(name, members, "instruction"), images=(_picture(name, members, "source."),),
-                      target=_picture(name, members, "target."))
+                      target=_picture(name, members, "target."), labels=members.get(_LABELS))
     if task == "segment":
         return Sample(name, task, images=(_picture(name, members),), target=_picture(name, members, "labels."))
     if task in WRITING_TASKS:
@@ -127,7 +128,7 @@ def read_sample(name: str, task: str, members: dict[str, Any]) -> Sample:
         return conversation_sample(name, task, record, (_picture(name, members),))
     picture = _picture(name, members)
     text = "" if task in PICTURE_TASKS else _text(name, members, "text", "caption")
-    return Sample(name, task, text=text, images=(picture,) if task == "reconstruct" else (), target=picture)
+    return Sample(name, task, text=text, images=(picture,) if task == "reconstruct" else (), target=picture, labels=members.get(_LABELS))
 
 
 def _picture(name: str, members: dict[str, Any], prefix: str = "") -> bytes:

@@ -30,10 +30,11 @@ from .world import Scene, label_map, pick, render
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
 """What the data was made with; another seed or number in the same folder is refused."""
-VERSION = 4  # of what the generator makes from a seed; raise it whenever a sample changes
+VERSION = 5  # of what the generator makes from a seed; raise it whenever a sample changes
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
+_OBJECTS = (1, 1, 1, 2, 2, 3, 3, 4)  # in scenes that texts tell of: what a word means is learned from pictures of few objects
 _QUESTION_WEIGHTS = {"shape": 2.0, "where": 2.0, "list": 1.5, "background": 0.5}  # kind of question -> how often, next to the others
 
 
@@ -132,13 +133,18 @@ def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
     if rng.random() < 0.4:
         prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng)
         return prompts.scene_for(prompt, rng), prompt.text
-    scene = random_scene(rng, refuse=is_held_out)
+    scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_held_out)
     return scene, pick(rng, (*4 * (complete_caption,), detailed_caption, caption))(scene, rng)
 
 
 def _captioned(rng: np.random.Generator) -> Members:
     scene, text = described_scene(rng)
     return {"png": png(render(scene)), "txt": text.encode()}
+
+
+def _drawable(rng: np.random.Generator) -> Members:
+    scene, text = described_scene(rng)
+    return {"png": png(render(scene)), "txt": text.encode(), "labels.png": png(label_map(scene))}
 
 
 def _picture(rng: np.random.Generator) -> Members:
@@ -153,7 +159,7 @@ def _edit(rng: np.random.Generator) -> Members:
     edit = edits.make_edit(pick(rng, edits.KINDS), rng)
     return {
         "json": json.dumps({"instruction": edit.instruction}).encode(), "source.png": png(render(edit.source)),
-        "target.png": png(render(edit.target)),
+        "target.png": png(render(edit.target)), "labels.png": png(label_map(edit.target)),
     }  # fmt: skip
 
 
@@ -163,7 +169,7 @@ def _understand(rng: np.random.Generator) -> Members:
     Few at once, because the loss is a mean over the words of a conversation's answers: among the many of a list, the one that names a
     shape or a place hardly counts.
     """
-    scene = random_scene(rng, objects=pick(rng, (1, 1, 1, 2, 2, 3, 3, 4)), refuse=is_held_out)
+    scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_held_out)
     if rng.random() < 0.1:
         return _conversation(scene, [_description(scene, rng)])
     asked = questions.questions(scene, rng)
@@ -202,6 +208,6 @@ def _text_record(rng: np.random.Generator) -> dict[str, str]:
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator], Members]] = {
-    "text_to_image": _captioned, "contrast": _captioned, "edit": _edit, "understand": _understand, "segment": _segment,
-    "reconstruct": _picture, "decode": _decodable, "autoencode": _picture,
+    "text_to_image": _drawable, "contrast": _captioned, "edit": _edit, "understand": _understand, "segment": _segment,
+    "reconstruct": _segment, "decode": _decodable, "autoencode": _picture,
 }  # fmt: skip

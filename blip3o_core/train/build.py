@@ -26,7 +26,7 @@ from .frozen import FrozenNetworks, Sources
 from .model import TrainingModel
 from .noise import hashed_seed
 from .objectives import TRAINS, build_objectives
-from .segmentation import segmentation_head
+from .segmentation import query_label_head, segmentation_head
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -77,9 +77,13 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
     if "segment" in tasks and "clip" in parts and not parts.isdisjoint(("vision", "backbone")):
         raise ConfigError("the task segment teaches either clip or the networks of the backbone, and this run trains both. Train them in "
                           "runs of their own.")
-    if config.objective.regression_weight and not (config.trains_language_side and set(tasks) & set(GENERATION_TASKS)):
-        raise ConfigError(f"objective.regression_weight = {config.objective.regression_weight:g} teaches queries and language model what "
-                          "to draw, but neither of them trains on a drawing task. Set it to 0, or train latent_queries or backbone.")
+    for name in ("regression_weight", "label_weight"):
+        weight = getattr(config.objective, name)
+        if weight and not (config.trains_language_side and set(tasks) & set(GENERATION_TASKS)):
+            raise ConfigError(f"objective.{name} = {weight:g} teaches queries and language model what to draw, but neither of them trains "
+                              "on a drawing task. Set it to 0, or train latent_queries or backbone.")
+    if config.objective.label_weight and any(data.crop != "centre" for data in config.data):
+        raise ConfigError("objective.label_weight needs centre crops: labels are those of the whole picture. Set data.crop to centre.")
     if "contrast" in tasks and config.train.batch_size < 2:
         raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
     delicate = bool(parts & {"vae", "vae_decoder"} or set(tasks) & set(WRITING_TASKS)) or config.trains_language_side
@@ -140,12 +144,14 @@ def build_model(
         width = channels if "clip" in full else source.text_config.hidden_size
         networks["segmentation_head"] = seeded("segmentation head", lambda: segmentation_head(width))
     if generating:
-        for name in ("regression_weight", "local_attention_weight"):
+        for name in ("regression_weight", "label_weight", "local_attention_weight"):
             if getattr(config.objective, name) and source.num_queries != EMBEDDING_GRID**2:
                 raise ConfigError(f"objective.{name} ties query i to token i of an embedding of {EMBEDDING_GRID**2}, but "
                                   f"{source.folder} has {source.num_queries} queries. Set it to 0.")
     if generating and config.objective.regression_weight:
         networks["embedding_head"] = seeded("embedding head", lambda: nn.Linear(source.text_config.hidden_size, channels))
+    if generating and config.objective.label_weight:
+        networks["query_label_head"] = seeded("query label head", lambda: query_label_head(source.text_config.hidden_size))
     if "decode" in tasks:
         networks["unet"] = _load_decoder_part(sources, "unet", "decoder", config, dtype=low, device=device, on_load=on_load)
     if "autoencode" in tasks:

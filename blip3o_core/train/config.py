@@ -96,6 +96,9 @@ class ObjectiveOptions:
     regression_weight: float = option(0.0, "drawing tasks, where queries or language model train: weight of the squared error with which a "
                                       "linear map finds the embedding in the query states (the paper's CLIP + MSE), beside flow matching: "
                                       "a language model that starts from nothing learns from it what a prompt asks for", minimum=0)
+    label_weight: float = option(0.0, "drawing tasks, where queries or language model train: weight of the cross-entropy with which a "
+                                 "linear map finds in the query states which labels the cells of the picture to be drawn have; for tars "
+                                 "whose samples have a map called .labels.png, and centre crops", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
     latent_noise: float = option(0.0, "autoencode: deviation of noise that is added to the latents, which have one of about 1 themselves; "

@@ -32,12 +32,14 @@ class TrainingModel(nn.Module):
         backbone: Backbone | None = None, vision_tower: VisionTower | None = None, output_head: nn.Module | None = None,
         vision_encoder: EvaClip | None = None, unet: nn.Module | None = None, vae: nn.Module | None = None,
         text_tower: nn.Module | None = None, segmentation_head: nn.Module | None = None,
-        embedding_head: nn.Module | None = None, thumbnail_head: nn.Module | None = None, checkpoint_layers: bool = False,
+        embedding_head: nn.Module | None = None, query_label_head: nn.Module | None = None, thumbnail_head: nn.Module | None = None,
+        checkpoint_layers: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.dit, self.backbone, self.vision_tower, self.output_head = dit, backbone, vision_tower, output_head
         self.vision_encoder, self.unet, self.vae, self.text_tower = vision_encoder, unet, vae, text_tower
-        self.segmentation_head, self.embedding_head, self.thumbnail_head = segmentation_head, embedding_head, thumbnail_head
+        self.segmentation_head, self.embedding_head, self.query_label_head = segmentation_head, embedding_head, query_label_head
+        self.thumbnail_head = thumbnail_head
         self.frozen, self.objectives = frozen, dict(objectives)
         self.image_pad_id = image_pad_id
         self.checkpoint_layers = checkpoint_layers

@@ -18,7 +18,7 @@ from .local_attention import condition_attention_loss
 from .losses import answer_cross_entropy, embedding_regression, flow_matching
 from .model import Objective, TrainingModel
 from .noise import Draw, counted_positions, flow_draws, repeated
-from .segmentation import segmentation_objective
+from .segmentation import query_label_losses, segmentation_objective
 
 UNIFIED_PARTS = {"dit", "latent_queries", "backbone"}
 TRAINS = {
@@ -47,8 +47,8 @@ def build_objectives(options: ObjectiveOptions, tasks: Sequence[str]) -> dict[st
 def flow_matching_objective(options: ObjectiveOptions) -> Objective:
     """CLIP + flow matching: the DiT learns the velocity noise - embedding, given the query states of the prompt.
 
-    With `regression_weight` also CLIP + MSE: the state of query i is mapped to token i, here only to teach the language side; with
-    `local_attention_weight` token i of the DiT learns to look at the state of query i.
+    With `regression_weight` also CLIP + MSE: the state of query i is mapped to token i, here only to teach the language side, like the
+    labels of `label_weight`; with `local_attention_weight` token i of the DiT learns to look at the state of query i.
     """
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
@@ -57,6 +57,8 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
         lessons = 0.0
         if model.embedding_head is not None:
             lessons = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
+        if model.query_label_head is not None:
+            lessons = lessons + options.label_weight * query_label_losses(model.query_label_head(states), examples)
         if options.local_attention_weight:
             lessons = lessons + options.local_attention_weight * condition_attention_loss(model.dit, states)
         draws = repeated(draws, options.draws_per_sample)

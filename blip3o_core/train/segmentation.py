@@ -3,7 +3,8 @@
 Qwen2.5-VL was pretrained on far more than conversations (arXiv:2502.13923, sec. 2.2); a model that starts from nothing learns little
 from a few words about a whole picture. Maps of labels say something about every cell. Where the vision tower trains, its features
 must tell the labels; where the language model trains, its states must, and the row and column too: the tower can't know them, for its
-positions are relative. Where EVA-CLIP trains, the tokens of its embedding must. The head is thrown away afterwards.
+positions are relative. Where EVA-CLIP trains, the tokens of its embedding must. Where queries learn to draw, their states may have to
+tell what each cell will show (objective.label_weight). The heads are thrown away afterwards.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,22 @@ CHANNELS = MAP_CHANNELS + 2  # with row and column
 def segmentation_head(width: int) -> nn.Linear:
     """Features, states or tokens of an embedding -> logits of every label in every channel."""
     return nn.Linear(width, CHANNELS * LABELS)
+
+
+def query_label_head(width: int) -> nn.Linear:
+    """States of queries -> logits of every label in every channel of a map."""
+    return nn.Linear(width, MAP_CHANNELS * LABELS)
+
+
+def query_label_losses(logits: Tensor, examples: Sequence[Example]) -> Tensor:
+    """logits (B, 64, MAP_CHANNELS * LABELS) of the head, query i for cell i -> loss (B,); 0 for examples without a map."""
+    found = logits.new_zeros(len(examples), dtype=torch.float32)
+    mapped = [index for index, example in enumerate(examples) if example.label_shares is not None]
+    if not mapped:
+        return found + 0 * logits.float().sum()
+    shares = torch.stack([examples[index].label_shares.transpose(0, 1) for index in mapped]).to(found)  # (n, 64, channels, LABELS)
+    own = logits[mapped].float().unflatten(-1, (MAP_CHANNELS, LABELS)).log_softmax(dim=-1)
+    return found.index_add(0, torch.tensor(mapped, device=found.device), -(shares * own).sum(dim=(2, 3)).mean(dim=1))
 
 
 def segmentation_objective(options: ObjectiveOptions) -> Objective:

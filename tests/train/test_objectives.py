@@ -270,9 +270,32 @@ def test_regression_asks_the_states_of_the_queries_for_the_embedding(data, tmp_p
     assert plain.model.embedding_head is None
 
 
-def test_regression_needs_a_language_side_that_trains(data, tmp_path):
-    with pytest.raises(ConfigError, match="objective.regression_weight = 3 teaches queries and language model"):
-        full(data, tmp_path / "out", "dit", "text_to_image", "objective.regression_weight=3")
+def test_states_of_the_queries_tell_the_labels_of_what_will_be_drawn(data, tmp_path, relative_error):
+    labelled = f"data.0.path={data / 'segments.tar'}"
+    plain = full(data, tmp_path / "out", "latent_queries", "reconstruct", labelled)
+    both = full(data, tmp_path / "out", "latent_queries", "reconstruct", labelled, "objective.label_weight=2")
+    logits = both.model.query_label_head(both.model.query_states(both.examples)).split(LABELS, dim=2)  # per channel of the map
+    wanted = []
+    for index, example in enumerate(both.examples):
+        assert example.label_shares[0, :, 1].view(8, 8)[3].gt(0.4).tolist() == [False, True, True, True, True, False, False, False]
+        wanted.append(2 * sum(F.cross_entropy(own[index], example.label_shares[channel]) for channel, own in enumerate(logits)))
+    assert relative_error(both.losses() - plain.losses(), torch.stack(wanted)) <= 1e-4
+    both.examples[0].label_shares = None
+    assert relative_error(both.losses()[:1], plain.losses()[:1]) <= 1e-6  # a sample without a map
+    both.examples[1].label_shares = None
+    both.losses().sum().backward()
+    assert both.model.query_label_head.weight.grad is not None  # all processes have the same gradients
+
+
+@pytest.mark.parametrize("option", ["regression_weight", "label_weight"])
+def test_lessons_of_the_queries_need_a_language_side_that_trains(data, tmp_path, option):
+    with pytest.raises(ConfigError, match=f"objective.{option} = 3 teaches queries and language model"):
+        full(data, tmp_path / "out", "dit", "text_to_image", f"objective.{option}=3")
+
+
+def test_labels_of_queries_need_whole_pictures(data, tmp_path):
+    with pytest.raises(ConfigError, match="objective.label_weight needs centre crops"):
+        full(data, tmp_path / "out", "latent_queries", "text_to_image", "objective.label_weight=1", "data.0.crop=random")
 
 
 # cross-entropy
