@@ -38,9 +38,9 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "nano"
 DATA, SKELETON, START, MODEL = "data", "skeleton", "start", "model"
 STAGES: dict[str, tuple[str, ...]] = {
     "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-eyes": (), "5-backbone": ("4-eyes",),
-    "6-unified": ("1-clip", "4-eyes", "5-backbone"), "7-pixels": ("2-vae",),
+    "6-unified": ("1-clip", "4-eyes", "5-backbone"),
 }  # fmt: skip
-"""Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper, but for 7-pixels."""
+"""Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper."""
 COUNTS = {
     "contrast": 30_000, "autoencode": 20_000, "decode": 60_000, "segment": 60_000, "understand": 100_000, "text": 40_000,
     "text_to_image": 100_000, "edit": 60_000, "reconstruct": 15_000,
@@ -51,7 +51,7 @@ TENSORS = {
     "vision": ("visual.",), "dit": ("model.dit.",), "latent_queries": ("model.latent_queries",),
 }  # fmt: skip
 """Part of a run -> beginnings of the names of its tensors in the root shards."""
-DECODER_PARTS = {"decoder": "unet", "vae": "vae", "vae_decoder": "vae"}
+DECODER_PARTS = {"decoder": "unet", "vae": "vae"}
 POLL_S = 0.2
 
 

@@ -108,14 +108,10 @@ def test_the_result_holds_what_the_last_stage_of_each_part_has_trained(trained):
         for name in (name for name in model if name.startswith(TENSORS.get(part, ()))):
             assert torch.equal(read_tensor(model[name]), read_tensor(own[name])), name
     assert last["decoder"] == "3-decoder"
-    for part, stage in (("unet", last["decoder"]), ("vae", last["vae_decoder"])):
+    for part, stage in (("unet", last["decoder"]), ("vae", last["vae"])):
         one, two = (load_file(next((folder / "diffusion-decoder" / part).glob("*.safetensors")))
                     for folder in (trained / "model", trained / stage / "model"))  # fmt: skip
         assert all(torch.equal(one[name], two[name]) for name in one)
-    first = load_file(next((trained / last["vae"] / "model/diffusion-decoder/vae").glob("*.safetensors")))
-    pixels = {name for name in first if name.startswith(("decoder.", "post_quant_conv."))}
-    changed = {name for name in first if not torch.equal(first[name], one[name])}
-    assert changed and changed <= pixels  # latents stay what the first stage made them
     factors = [json.loads((trained / name / "diffusion-decoder/vae/config.json").read_text())["scaling_factor"]
                for name in ("skeleton", "2-vae/model", "model")]  # fmt: skip
     assert factors[1] == factors[2] != factors[0]
