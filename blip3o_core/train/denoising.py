@@ -16,7 +16,7 @@ from ..sampling.discrete_euler import NUM_TRAIN_TIMESTEPS, signal_rates
 from .config import ObjectiveOptions
 from .local_attention import local_attention
 from .model import Objective, TrainingModel
-from .noise import Draw, flow_draws, repeated
+from .noise import Draw, condition_noise, flow_draws, repeated
 
 
 def denoising_timesteps(u: Tensor) -> Tensor:
@@ -36,6 +36,8 @@ def denoising_objective(options: ObjectiveOptions) -> Objective:
         latents, embeddings = latents.repeat(rounds, 1, 1, 1), embeddings.repeat(rounds, 1, 1, 1)
         drawn = flow_draws(draws, latents.shape[1:], timesteps=options.timesteps, logit_mean=options.logit_mean,
                            logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
+        if options.embedding_noise:
+            embeddings = embeddings + condition_noise(draws, embeddings.shape[1:], options.embedding_noise).to(embeddings)
         if not drawn.kept.all():
             kept = drawn.kept.to(embeddings)[:, None, None, None]
             embeddings = kept * embeddings + (1 - kept) * model.frozen.zero_embedding()

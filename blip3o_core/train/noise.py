@@ -73,6 +73,16 @@ def flow_draws(
     return FlowDraws(torch.stack(noise), torch.tensor(levels), torch.tensor(kept))
 
 
+def condition_noise(draws: Sequence[Draw], shape: Sequence[int], most: float) -> Tensor:
+    """Noise (B, *shape) for conditions, of a deviation between 0 and `most` that is drawn for each; in a validation zeros."""
+    found = []
+    for draw in draws:
+        generator = torch.Generator("cpu").manual_seed(hashed_seed(*draw.seed, "condition"))
+        level = most * torch.rand((), generator=generator) * draw.training
+        found.append(level * torch.randn(tuple(shape), generator=generator))
+    return torch.stack(found)
+
+
 def _level(generator: torch.Generator, timesteps: str, mean: float, std: float) -> float:
     if timesteps == "uniform":
         return torch.rand((), generator=generator).item()

@@ -22,7 +22,7 @@ from blip3o_core.train.cpu_attention import attend_written_out
 from blip3o_core.train.denoising import denoising_timesteps
 from blip3o_core.train.local_attention import condition_attention_loss, own_tokens
 from blip3o_core.train.losses import answer_cross_entropy, flow_levels, flow_matching
-from blip3o_core.train.noise import Draw, flow_draws
+from blip3o_core.train.noise import Draw, condition_noise, flow_draws
 from blip3o_core.train.validation import validation_losses
 from blip3o_core.variants.blip3o import Blip3oCheckpoint
 
@@ -135,6 +135,22 @@ def test_the_denoising_loss_is_the_one_built_by_hand(noisy_weight, data, tmp_pat
         weight = min(noisy_weight, 1 / scheduler(DDPMScheduler).alphas_cumprod[timestep].item())
         wanted.append(weight * F.mse_loss(predicted, drawn.noise[index : index + 1]))
     assert relative_error(losses, torch.stack(wanted)) <= 1e-5
+
+
+def test_noise_on_embeddings_is_of_any_deviation_up_to_the_one_given(data, tmp_path, relative_error):
+    noise = condition_noise(draws(400), (500,), 0.8)
+    deviations = noise.std(dim=1)
+    assert deviations.min() < 0.02 and 0.76 < deviations.max() < 0.85 and abs(deviations.mean() - 0.4) < 0.05
+    assert torch.equal(noise[7:9], condition_noise(draws(9)[7:], (500,), 0.8))
+    assert not condition_noise(draws(2, training=False), (500,), 0.8).any()
+
+    noisy = full(data, tmp_path / "out", "decoder", "decode", "objective.embedding_noise=0.8", "objective.condition_dropout=0")
+    plain = full(data, tmp_path / "out", "decoder", "decode", "objective.condition_dropout=0")
+    own = draws(len(noisy.examples))
+    embeddings = plain.model.targets(plain.examples)
+    disturbed = embeddings + condition_noise(own, embeddings.shape[1:], 0.8)
+    plain.model.targets = lambda examples: disturbed
+    assert relative_error(noisy.model(noisy.examples, own), plain.model(plain.examples, own)) <= 1e-5
 
 
 def test_heads_pay_for_looking_elsewhere(data, tmp_path, relative_error):
