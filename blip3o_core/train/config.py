@@ -101,8 +101,8 @@ class ObjectiveOptions:
                                  "whose samples have a map called .labels.png, and centre crops", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
-    embedding_noise: float = option(0.0, "decode: up to so much noise, in deviations, is added to the embeddings, so that the decoder bears "
-                                    "the small errors of those that a DiT draws (arXiv:2106.15282, sec. 4)", minimum=0)
+    embedding_noise: float = option(0.0, "decode: up to so much noise, in deviations, is added to the embeddings, so that the decoder bears"
+                                    " the small errors of those that a DiT draws (arXiv:2106.15282, sec. 4)", minimum=0)
     latent_noise: float = option(0.0, "autoencode: deviation of noise that is added to the latents, which have one of about 1 themselves; "
                                  "above 0 pixels depend less on small errors of the diffusion", minimum=0)
     thumbnail_weight: float = option(0.0, "autoencode: weight of the squared error with which a linear map finds the picture, as small as "

@@ -138,11 +138,11 @@ def test_the_denoising_loss_is_the_one_built_by_hand(noisy_weight, data, tmp_pat
 
 
 def test_noise_on_embeddings_is_of_any_deviation_up_to_the_one_given(data, tmp_path, relative_error):
-    noise = condition_noise(draws(400), (500,), 0.8)
+    noise = condition_noise(draws(400), (5000,), 0.8)
     deviations = noise.std(dim=1)
     assert deviations.min() < 0.02 and 0.76 < deviations.max() < 0.85 and abs(deviations.mean() - 0.4) < 0.05
-    assert torch.equal(noise[7:9], condition_noise(draws(9)[7:], (500,), 0.8))
-    assert not condition_noise(draws(2, training=False), (500,), 0.8).any()
+    assert torch.equal(noise[7:9], condition_noise(draws(9)[7:], (5000,), 0.8))
+    assert not condition_noise(draws(2, training=False), (5000,), 0.8).any()
 
     noisy = full(data, tmp_path / "out", "decoder", "decode", "objective.embedding_noise=0.8", "objective.condition_dropout=0")
     plain = full(data, tmp_path / "out", "decoder", "decode", "objective.condition_dropout=0")
