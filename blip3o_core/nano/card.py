@@ -11,7 +11,7 @@ from ..train.log import read_log
 
 INTRODUCTION = """# Nano
 
-BLIP3-o's architecture at toy size (16 million parameters, 32 MB), trained on a drawn world of coloured shapes. It draws, edits,
+BLIP3-o's architecture at toy size (13 million parameters, 26 MB), trained on a drawn world of coloured shapes. It draws, edits,
 reconstructs and answers questions about pictures of 128 x 128 pixels with one to four circles, squares, triangles, stars, rings and
 crosses in eight colours on four backgrounds. It knows nothing else, and its English is that of this world. It is made for trying
 things and for tests; it is no small version of the published models.

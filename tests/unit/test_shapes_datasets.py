@@ -15,6 +15,7 @@ from blip3o_core.shapes import datasets
 from blip3o_core.shapes.datasets import described_scene, samples, write_datasets
 from blip3o_core.shapes.detector import detect
 from blip3o_core.shapes.holdout import is_held_out
+from blip3o_core.shapes.world import BACKGROUNDS
 
 NEEDS_TRAIN = "tars are read with the extra train, which the environments of ComfyUI don't have"
 COUNT = 6
@@ -126,5 +127,20 @@ def test_pictures_show_what_their_texts_tell():
 def test_edit_records_hold_an_instruction(tmp_path):
     path = write_datasets(tmp_path, seed=1, counts={"edit": 2})["edit"]
     with tarfile.open(path / "00000.tar") as tar:
-        assert tar.getnames() == [f"0000000{n}.{suffix}" for n in range(2) for suffix in ("json", "source.png", "target.png")]
+        suffixes = ("json", "source.png", "target.png", "labels.png")
+        assert tar.getnames() == [f"0000000{n}.{suffix}" for n in range(2) for suffix in suffixes]
         assert list(json.load(tar.extractfile("00000000.json"))) == ["instruction"]
+
+
+def test_the_decoder_sees_empty_pictures_too():
+    pictures = [Image.open(io.BytesIO(members["png"])) for members in samples("decode", 0, 0, 200)]
+    empty = sum(len(picture.getcolors(128 * 128)) == 1 for picture in pictures)
+    assert 2 <= empty <= 16
+
+
+def test_pictures_to_be_drawn_come_with_maps_of_labels():
+    for task, picture in (("text_to_image", "png"), ("edit", "target.png"), ("reconstruct", "png")):
+        for members in samples(task, 0, 0, 5):
+            labels, pixels = (np.asarray(Image.open(io.BytesIO(members[name]))) for name in ("labels.png", picture))
+            [ground] = set(labels[labels[:, :, 0] == 0][:, 1].tolist())
+            assert (np.abs(pixels[labels[:, :, 0] == 0].astype(int) - list(BACKGROUNDS.values())[ground - 9]).max(axis=1) < 3).mean() > 0.9
