@@ -124,7 +124,7 @@ class Preparer:
 
     def _target(self, example: Example, sample: Sample, flipped: bool) -> None:
         if sample.labels is not None:
-            example.label_shares = self._embedding_labels(open_picture(sample.labels, sample.name), flipped)
+            example.label_shares = self._embedding_labels(mirrored(open_picture(sample.labels, sample.name), flipped))
         if self.targets is not None:
             example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
             example.target = self.targets.load(example.target_key)
@@ -149,16 +149,16 @@ class Preparer:
         picture, labels = (mirrored(open_picture(source, sample.name), flipped) for source in (sample.images[0], sample.target))
         if self.labels_embedding:
             example.target_pixels = eva_pixel_values([picture], size=self.eva_size)[0]
-            example.label_shares = self._embedding_labels(labels, False)
+            example.label_shares = self._embedding_labels(labels)
             return
         example.pixel_values, example.grid_thw = qwen_pixel_values([picture], **self._pixel_bounds)
         rows, columns = (int(length) // 2 for length in example.grid_thw[0, 1:])
         example.label_shares = label_shares(labels, rows, columns)
         example.ids, _ = self.tokenizer.conversation_ids((("user", ""), ("assistant", "")), [rows * columns])
 
-    def _embedding_labels(self, labels: Image.Image, flipped: bool) -> Tensor:
-        """(channels, 64, LABELS)."""
-        square = picture_square(mirrored(labels, flipped), self.eva_size, Image.Resampling.NEAREST)
+    def _embedding_labels(self, labels: Image.Image) -> Tensor:
+        """A map -> shares (channels, 64, LABELS) in the part of the picture that EVA-CLIP sees."""
+        square = picture_square(labels, self.eva_size, Image.Resampling.NEAREST)
         return label_shares(square, EMBEDDING_GRID, EMBEDDING_GRID)
 
     @property

@@ -32,7 +32,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:; a Wind
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 _BLOCK = 512
-_LABELS = "labels.png"
+_LABELS = "labels.png"  # beside a picture to be drawn, if there is a map of it
 
 
 class WebDataset:

@@ -42,7 +42,8 @@ class EvaClipConfig:
                                   "width is not in the tensors: put a config.json with head_width beside the weights.")
         if self.image_size % (self.patch_size * self.pooling):
             raise CheckpointError(f"an EVA-CLIP tower for {self.image_size} pixels in patches of {self.patch_size} can't be pooled "
-                                  f"{self.pooling} x {self.pooling}. This is not BLIP3-o's tower.")
+                                  f"{self.pooling} x {self.pooling}. This is not BLIP3-o's tower; of another, put a config.json "
+                                  "with pooling beside the weights.")
 
     @property
     def heads(self) -> int:

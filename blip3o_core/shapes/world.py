@@ -118,7 +118,6 @@ def is_in_place(thing: Object, place: str) -> bool:
 
 def _within(thing: Object, place: str, tolerance: float) -> bool:
     bands = [BANDS[band] for band in PLACES[place]]
-    tolerance += 1e-6
     return all(band[0] / LATTICE - tolerance <= value <= band[-1] / LATTICE + tolerance
                for value, band in zip(thing.centre, bands, strict=True))
 

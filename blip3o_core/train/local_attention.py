@@ -5,7 +5,7 @@ latents before one head, in its last block, looked up what belongs where it was 
 embedding says reached two residual blocks only, and shapes stayed blurred. Asked for directly, one head of every block learns it.
 
 The DiT knows where its own tokens are, by rotary positions, but the states of the queries carry none. Where query i learns to tell token i
-(objective.regression_weight), nano's DiT still read only what all states have in common, the background, after 50,000 prompts.
+(objective.regression_weight), nano's DiT still read only what all states have in common, the background, after 35,000 prompts.
 """
 
 import math
