@@ -20,18 +20,20 @@ from .world import (
     SHAPES,
     SIZES,
     Object,
+    Point,
     Scene,
+    centres,
     closeness,
     fits,
     is_in_place,
     is_possible,
+    middle_of,
     pick,
-    random_centre,
 )
 
 KINDS = ("recolour", "replace", "add", "remove", "move", "background")
-_TRIES = 40
 _FAR = 0.25  # how much an object has to be moved at least
+_BESIDE = 0.4375  # between the centres of two objects beside each other: room for large ones
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,35 @@ def _add(scene: Scene, rng: np.random.Generator) -> Edit | None:
     verb = pick(rng, ("add", "put"))
     size = said.size or pick(rng, tuple(SIZES))
     place, relation, where = _destination(scene, None, rng) if verb == "put" or rng.random() < 0.7 else (None, None, "")
-    for _ in range(_TRIES):
-        new = Object(said.shape, said.colour, size, random_centre(rng, size, place))
-        if fits(new, scene.objects) and (relation is None or closeness(new, relation[0], scene.objects[relation[1]]) >= CLEARLY):
-            target = Scene((*scene.objects, new), scene.background)
-            said = dataclasses.replace(said, place=place)
-            text = styled("{}", f"{verb} {amount(1, dataclasses.replace(said, place=None))}{where}", rng)
-            return Edit("add", scene, text, target, len(scene.objects), said, False, relation)
-    return None
+    new = _placed(Object(said.shape, said.colour, size, (0.5, 0.5)), scene.objects, place,
+                  None if relation is None else (relation[0], scene.objects[relation[1]]))  # fmt: skip
+    if new is None:
+        return None
+    said = dataclasses.replace(said, place=place)
+    text = styled("{}", f"{verb} {amount(1, dataclasses.replace(said, place=None))}{where}", rng)
+    return Edit("add", scene, text, Scene((*scene.objects, new), scene.background), len(scene.objects), said, False, relation)
+
+
+def _placed(
+    thing: Object, others: tuple[Object, ...], place: str | None, relation: tuple[str, Object] | None, away_from: Point | None = None
+) -> Object | None:
+    """The thing where one would expect it: in the middle of the place, or beside the other object, or else where most room is.
+
+    None if it fits nowhere. away_from: at least _FAR from there.
+    """
+
+    def misfit(new: Object) -> float:
+        if relation:
+            return 1 - closeness(new, *relation) + abs(math.dist(new.centre, relation[1].centre) - _BESIDE)
+        if place:
+            return math.dist(new.centre, middle_of(place))
+        return -min(math.dist(new.centre, other.centre) for other in others)
+
+    possible = [dataclasses.replace(thing, centre=centre) for centre in centres(thing.size, place)]
+    possible = [new for new in possible if fits(new, others)
+                and (relation is None or closeness(new, *relation) >= CLEARLY)
+                and (away_from is None or math.dist(new.centre, away_from) >= _FAR)]  # fmt: skip
+    return min(possible, key=lambda new: (round(misfit(new), 6), new.centre), default=None)
 
 
 def _destination(scene: Scene, moved: int | None, rng: np.random.Generator) -> tuple[str | None, tuple[str, int] | None, str]:
@@ -152,14 +175,12 @@ def _move(scene: Scene, rng: np.random.Generator) -> Edit | None:
     for preposition in ("in the ", "at the ", "on the "):
         where = where.replace(f" {preposition}", " to the ", 1) if where.startswith(f" {preposition}") else where
     where = where if where.startswith(" to ") or not relation else where
-    for _ in range(_TRIES):
-        new = dataclasses.replace(thing, centre=random_centre(rng, thing.size, place))
-        far = math.dist(new.centre, thing.centre) >= _FAR and fits(new, others)
-        if far and (relation is None or closeness(new, relation[0], scene.objects[relation[1]]) >= CLEARLY):
-            text = styled("{}", f"{'move' if where.startswith(' to ') else pick(rng, ('move', 'put'))} the {name}{where}", rng)
-            said = Wanted(thing.shape, thing.colour, thing.size, place)
-            return Edit("move", scene, text, _with(scene, index, centre=new.centre), index, said, False, relation)
-    return None
+    new = _placed(thing, others, place, None if relation is None else (relation[0], scene.objects[relation[1]]), thing.centre)
+    if new is None:
+        return None
+    text = styled("{}", f"{'move' if where.startswith(' to ') else pick(rng, ('move', 'put'))} the {name}{where}", rng)
+    said = Wanted(thing.shape, thing.colour, thing.size, place)
+    return Edit("move", scene, text, _with(scene, index, centre=new.centre), index, said, False, relation)
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Edit | None:

@@ -1,8 +1,9 @@
 """What a text says about a picture, in a form that can be drawn from and judged by; never parsed from the text."""
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from .world import (
     BACKGROUNDS,
     CLEARLY,
     COLOURS,
+    CORNERS,
     MAX_OBJECTS,
     ROUGHLY,
     SHAPES,
@@ -18,11 +20,14 @@ from .world import (
     Object,
     Scene,
     backgrounds_for,
+    centres,
     closeness,
     contrasts,
     fits,
     is_in_place,
+    middle_of,
     pick,
+    place_of,
     random_centre,
 )
 
@@ -32,6 +37,13 @@ Refuse = Callable[[Scene], bool]
 _TRIES = 4000
 _TRIES_PER_OBJECT = 12
 _TRIES_PER_SCENE = 500
+_TRIES_PER_ARRANGEMENT = 20
+_ARRANGEMENTS: dict[int, tuple[tuple[str, ...], ...]] = {
+    1: (("centre",),), 2: (("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")),
+    3: (("top left", "top right", "bottom"),), 4: (CORNERS,),
+}  # fmt: skip
+"""Number of objects -> places of the objects in their order, the usual ones first."""
+_RELATED = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top")}
 
 
 @dataclass(frozen=True)
@@ -69,18 +81,11 @@ def realise(facts: Facts, rng: np.random.Generator, refuse: Refuse = lambda scen
 
 def _attempt(facts: Facts, rng: np.random.Generator, refuse: Refuse) -> Scene | None:
     """Asks `refuse` first with all objects in the middle: most scenes are refused for what they hold, and placing takes long."""
-    said = [thing.colour for thing in facts.objects if thing.colour]
-    backgrounds = [name for name in backgrounds_for(said) if facts.background in (None, name)]
-    if not backgrounds:
-        return None
-    background = pick(rng, backgrounds)
-    colours = [name for name in COLOURS if contrasts(name, background)]
-    contents = [Object(thing.shape, thing.colour or pick(rng, colours), thing.size or pick(rng, tuple(SIZES)), (0.5, 0.5))
-                for thing in facts.objects]  # fmt: skip
-    if refuse(Scene(tuple(contents), background)):
+    contents = _contents(facts, rng)
+    if contents is None or refuse(contents):
         return None
     objects: list[Object] = []
-    for thing, new in zip(facts.objects, contents, strict=True):
+    for thing, new in zip(facts.objects, contents.objects, strict=True):
         for _ in range(_TRIES_PER_OBJECT):
             new = Object(new.shape, new.colour, new.size, random_centre(rng, new.size, thing.place))
             if fits(new, objects):
@@ -89,8 +94,20 @@ def _attempt(facts: Facts, rng: np.random.Generator, refuse: Refuse) -> Scene | 
             return None
         objects.append(new)
     true = all(closeness(objects[first], relation, objects[second]) >= CLEARLY for first, relation, second in facts.relations)
-    scene = Scene(tuple(objects), background)
+    scene = Scene(tuple(objects), contents.background)
     return None if not true or refuse(scene) else scene
+
+
+def _contents(facts: Facts, rng: np.random.Generator) -> Scene | None:
+    """Everything but where it lies: all objects are in the middle. None if no background lets the colours be told apart."""
+    said = [thing.colour for thing in facts.objects if thing.colour]
+    backgrounds = [name for name in backgrounds_for(said) if facts.background in (None, name)]
+    if not backgrounds:
+        return None
+    background = pick(rng, backgrounds)
+    colours = [name for name in COLOURS if contrasts(name, background)]
+    return Scene(tuple(Object(thing.shape, thing.colour or pick(rng, colours), thing.size or pick(rng, tuple(SIZES)), (0.5, 0.5))
+                       for thing in facts.objects), background)  # fmt: skip
 
 
 def random_scene(rng: np.random.Generator, *, objects: int | None = None, refuse: Refuse = lambda scene: False) -> Scene:
@@ -106,6 +123,56 @@ def random_scene(rng: np.random.Generator, *, objects: int | None = None, refuse
             scene = _attempt(Facts(tuple(map(Wanted, shapes)), background=background), rng, refuse)
             if scene is not None:
                 return scene
+
+
+def compose(facts: Facts, rng: np.random.Generator, refuse: Refuse = lambda scene: False) -> Scene | None:
+    """What most people would draw: large objects, one in the centre, two beside each other, three or four around the centre.
+
+    Colours and background are as random as in `realise`. None if it can't be so, or would be refused.
+    """
+    if any(thing.place for thing in facts.objects) or len(facts.relations) > 1:
+        return None
+    arrangements = _ARRANGEMENTS[len(facts.objects)]
+    if facts.relations:
+        first, relation, second = facts.relations[0]
+        named = _RELATED[relation]
+        arrangements = (tuple(named[(first, second).index(index)] for index in range(2)),)
+    simple = replace(facts, relations=(), objects=tuple(replace(thing, size=thing.size or "large") for thing in facts.objects))
+    for places in arrangements:
+        for _ in range(_TRIES_PER_ARRANGEMENT):
+            scene = _contents(simple, rng)
+            if scene is None:
+                return None
+            scene = replace(scene, objects=tuple(replace(thing, centre=middle_of(place))
+                                                 for thing, place in zip(scene.objects, places, strict=True)))  # fmt: skip
+            if not refuse(scene):
+                return scene
+    return None
+
+
+def tidied(scene: Scene) -> Scene:
+    """Every object stays in its place, but as near to the middle of it as the others allow; all of that follows from sizes and places."""
+    things = [(thing, place_of(thing), index) for index, thing in enumerate(scene.objects)]
+    things.sort(key=lambda item: (item[0].size, item[1]))
+    best: tuple[float, list[Object]] = (math.inf, [])
+
+    def search(cost: float, placed: list[Object]) -> None:
+        nonlocal best
+        if len(placed) == len(things):
+            best = cost, placed
+            return
+        thing, place, _ = things[len(placed)]
+        far = {centre: round(math.dist(centre, middle_of(place)), 6) for centre in centres(thing.size, place)}
+        for centre in sorted(far, key=lambda centre: (far[centre], centre)):
+            if cost + far[centre] >= best[0]:
+                return
+            new = replace(thing, centre=centre)
+            if fits(new, placed):
+                search(cost + far[centre], [*placed, new])
+
+    search(0.0, [])
+    moved = sorted(zip(things, best[1], strict=True), key=lambda item: item[0][2])
+    return replace(scene, objects=tuple(new for _, new in moved))
 
 
 def fault(facts: Facts, scene: Scene) -> str:

@@ -137,11 +137,21 @@ def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
-def random_centre(rng: np.random.Generator, size: str, place: str | None = None) -> Point:
-    """Anywhere inside the margins, or in a place."""
+def centres(size: str, place: str | None = None) -> list[Point]:
+    """Of all objects of a size inside the margins, or in a place."""
     reach = SIZES[size] + MARGIN
     bands = [tuple(itertools.chain(*BANDS.values()))] * 2 if place is None else [BANDS[band] for band in PLACES[place]]
-    x, y = (pick(rng, [step / LATTICE for step in band if reach <= step / LATTICE <= 1 - reach]) for band in bands)
+    return list(itertools.product(*([step / LATTICE for step in band if reach <= step / LATTICE <= 1 - reach] for band in bands)))
+
+
+def random_centre(rng: np.random.Generator, size: str, place: str | None = None) -> Point:
+    """Anywhere inside the margins, or in a place."""
+    return pick(rng, centres(size, place))
+
+
+def middle_of(place: str) -> Point:
+    """Of one of PLACES."""
+    x, y = (BANDS[band][1] / LATTICE for band in PLACES[place])
     return x, y
 
 

@@ -82,6 +82,13 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
         if weight and not (config.trains_language_side and set(tasks) & set(GENERATION_TASKS)):
             raise ConfigError(f"objective.{name} = {weight:g} teaches queries and language model what to draw, but neither of them trains "
                               "on a drawing task. Set it to 0, or train latent_queries or backbone.")
+    if not config.objective.draws_per_sample:
+        if parts & {"dit", "decoder"}:
+            raise ConfigError("objective.draws_per_sample is 0, with which neither DiT nor decoder learns anything. Give at least 1, or "
+                              "don't train them.")
+        if set(tasks) & set(GENERATION_TASKS) and not (config.objective.regression_weight or config.objective.label_weight):
+            raise ConfigError("objective.draws_per_sample is 0, and so are regression_weight and label_weight: nothing is learned. Set one "
+                              "of them.")
     if config.objective.label_weight and any(data.crop != "centre" for data in config.data):
         raise ConfigError("objective.label_weight needs centre crops: labels are those of the whole picture. Set data.crop to centre.")
     if "contrast" in tasks and config.train.batch_size < 2:
@@ -118,7 +125,7 @@ def build_model(
             return make().to(device)
 
     networks: dict[str, nn.Module] = {}
-    if generating:
+    if generating and config.objective.draws_per_sample:
         networks["dit"] = load(source.load_dit, "dit", low)
     if (generating and config.trains_language_side) or writing or ("segment" in tasks and "backbone" in config.trained_parts):
         backbone = networks["backbone"] = load(source.load_backbone, "backbone", frozen_dtype(precision))

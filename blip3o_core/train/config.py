@@ -89,7 +89,8 @@ class ObjectiveOptions:
                                      "deviation 1, but for what all pictures or all places of one share; above 0 flow matching has an "
                                      "easier time with them", minimum=0)
     draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
-                                   "of them share the work of encoding it, and need memory like a larger batch", minimum=1)
+                                   "of them share the work of encoding it, and need memory like a larger batch; 0 runs no DiT, so that "
+                                  "only regression_weight and label_weight teach the language side", minimum=0)
     counted_positions: float = option(0.0, "understand, segment: share of samples whose positions count up through pictures, as they do "
                                       "when drawing, in place of Qwen's rows and columns: for a language model that starts from nothing",
                                       minimum=0, maximum=1)
@@ -119,8 +120,9 @@ class ObjectiveOptions:
 class OptimizerOptions:
     """[optimizer]: how gradients change the weights."""
 
-    name: str = option("adamw", "adamw; adamw8bit (extra adamw8bit, CUDA); prodigy (extra prodigy, learning_rate 1)",
-                       choices=("adamw", "adamw8bit", "prodigy"))
+    name: str = option("adamw", "adamw; muon (full training from nothing: orthogonal updates for hidden matrices, AdamW's learning rates); "
+                       "adamw8bit (extra adamw8bit, CUDA); prodigy (extra prodigy, learning_rate 1)",
+                       choices=("adamw", "muon", "adamw8bit", "prodigy"))
     learning_rate: float = option(1e-4, "peak", minimum=0, maximum=1000)
     beta1: float = option(0.9, "decay of the gradient's average", minimum=0, maximum=0.999999)
     beta2: float = option(0.999, "decay of its square's average", minimum=0, maximum=0.999999)

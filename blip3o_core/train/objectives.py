@@ -52,13 +52,16 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
     """
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
-        data = model.targets(examples)  # (B, C, 8, 8) float32
         states = model.query_states(examples)  # (B, Q, H)
-        lessons = 0.0
+        flows, lessons = options.draws_per_sample > 0, 0.0
+        if flows or model.embedding_head is not None:
+            data = model.targets(examples)  # (B, C, 8, 8) float32
         if model.embedding_head is not None:
             lessons = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
         if model.query_label_head is not None:
             lessons = lessons + options.label_weight * query_label_losses(model.query_label_head(states), examples)
+        if not flows:
+            return lessons
         if options.local_attention_weight:
             lessons = lessons + options.local_attention_weight * condition_attention_loss(model.dit, states)
         draws = repeated(draws, options.draws_per_sample)

@@ -1,7 +1,7 @@
 """Optimisers by name, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,10 +9,12 @@ from torch import nn
 from ..errors import ConfigError
 from ..runtime import require_package
 from .config import OptimizerOptions
+from .muon import Muon
 
 
-def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """Raises InputError if the package of an optional one is missing, ConfigError if it can't run here."""
+def build_optimizer(options: OptimizerOptions, named: Mapping[str, nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """named: what it changes, by name. Raises InputError if the package of an optional one is missing, ConfigError if it can't run here."""
+    parameters = list(named.values())
     settings = {"lr": options.learning_rate, "betas": (options.beta1, options.beta2), "eps": options.epsilon,
                 "weight_decay": options.weight_decay}  # fmt: skip
     if options.name == "adamw8bit":
@@ -23,6 +25,8 @@ def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter
     if options.name == "prodigy":
         prodigy = require_package("prodigyopt", extra="prodigy", purpose="optimizer.name = prodigy").Prodigy
         return prodigy(parameters, **settings, decouple=True, safeguard_warmup=options.warmup_steps > 0, use_bias_correction=True)
+    if options.name == "muon":
+        return Muon(named, **settings)
     return torch.optim.AdamW(parameters, **settings)
 
 

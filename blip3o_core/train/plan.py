@@ -22,7 +22,8 @@ from .run import Opened, open_run
 
 MIB = 2**20
 RELEASED = "not counted: released when cached"
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # per trained parameter: moments, and for prodigy two more copies
+OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "adamw8bit": 2, "prodigy": 16}
+"""Per trained parameter: moments, of which muon has one less for hidden matrices; for prodigy two more copies."""
 
 
 def plan(config: TrainConfig) -> str:

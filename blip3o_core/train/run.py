@@ -213,7 +213,7 @@ class Session:
         return prompts
 
     def _prepare(self, model: TrainingModel, state: RunState) -> Run:
-        optimizer = build_optimizer(self.config.optimizer, model.trained().values(), self.accelerator.device)
+        optimizer = build_optimizer(self.config.optimizer, model.trained(), self.accelerator.device)
         if is_sharded(self.accelerator):
             wrapped, optimizer = prepare_sharded(self.accelerator, model, optimizer)
         else:

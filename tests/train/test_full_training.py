@@ -35,6 +35,10 @@ RUNS = {
     "drawing": (["dit", "latent_queries"], ["text_to_image", "edit", "reconstruct"], 3e-3, (DIT, "model.latent_queries"), ()),
     "all that draws, with regression": (["dit", "latent_queries", "backbone"], ["text_to_image", "edit"], 3e-3,
                                         (DIT, "model.latent_queries", *LANGUAGE), ("objective.regression_weight=1",)),
+    "queries and language model, without the DiT": (
+        ["latent_queries", "backbone"], ["text_to_image", "edit", "understand"], 3e-3, ("model.latent_queries", *LANGUAGE, "lm_head."),
+        ("objective.regression_weight=1", "objective.draws_per_sample=0"),
+    ),
     "decoder": (["decoder"], ["decode"], 3e-3, ("unet.",), ()),
     "decoder, cached": (["decoder"], ["decode"], 3e-3, ("unet.",), ("cache.enabled=true",)),
     "clip": (["clip"], ["contrast"], 1e-3, (EVA,), ()),

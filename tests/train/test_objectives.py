@@ -303,6 +303,25 @@ def test_states_of_the_queries_tell_the_labels_of_what_will_be_drawn(data, tmp_p
     assert both.model.query_label_head.weight.grad is not None  # all processes have the same gradients
 
 
+def test_without_draws_only_the_lessons_of_the_queries_count(data, tmp_path, relative_error):
+    lessons = "objective.regression_weight=3"
+    plain = full(data, tmp_path / "out", "latent_queries", "text_to_image")
+    both = full(data, tmp_path / "out", "latent_queries", "text_to_image", lessons)
+    alone = full(data, tmp_path / "out", "latent_queries", "text_to_image", lessons, "objective.draws_per_sample=0")
+    assert relative_error(alone.losses(), both.losses() - plain.losses()) <= 1e-4
+    assert alone.model.dit is None  # not even loaded
+
+
+@pytest.mark.parametrize(("part", "task", "option", "message"), [
+    ("dit", "text_to_image", "regression_weight=0", "neither DiT nor decoder learns anything"),
+    ("decoder", "decode", "regression_weight=0", "neither DiT nor decoder learns anything"),
+    ("latent_queries", "text_to_image", "regression_weight=0", "and so are regression_weight and label_weight"),
+])  # fmt: skip
+def test_without_draws_something_else_must_teach(part, task, option, message, data, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        full(data, tmp_path / "out", part, task, "objective.draws_per_sample=0", f"objective.{option}")
+
+
 @pytest.mark.parametrize("option", ["regression_weight", "label_weight"])
 def test_lessons_of_the_queries_need_a_language_side_that_trains(data, tmp_path, option):
     with pytest.raises(ConfigError, match=f"objective.{option} = 3 teaches queries and language model"):

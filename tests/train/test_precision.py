@@ -126,12 +126,12 @@ def test_fp16_needs_an_accelerator(data, tmp_path):
 def test_a_missing_optimiser_names_its_extra(name, package, device, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package}[\s\S]*\[{name}\]"):
-        build_optimizer(OptimizerOptions(name=name), [nn.Parameter(torch.ones(2))], torch.device(device))
+        build_optimizer(OptimizerOptions(name=name), {"weight": nn.Parameter(torch.ones(2))}, torch.device(device))
 
 
 def test_adamw8bit_is_not_for_the_cpu():
     with pytest.raises(ConfigError, match="adamw8bit, which needs CUDA; this run is on cpu. Use adamw"):
-        build_optimizer(OptimizerOptions(name="adamw8bit"), [nn.Parameter(torch.ones(2))], CPU)
+        build_optimizer(OptimizerOptions(name="adamw8bit"), {"weight": nn.Parameter(torch.ones(2))}, CPU)
 
 
 def test_prodigy_goes_on_where_it_was(data, tmp_path, everything):
@@ -149,5 +149,5 @@ def test_prodigy_goes_on_where_it_was(data, tmp_path, everything):
 def test_optimiser_options_arrive():
     options = load_config(None, ["optimizer.learning_rate=0.5", "optimizer.beta1=0.8", "optimizer.beta2=0.95", "optimizer.epsilon=1e-6",
                                  "optimizer.weight_decay=0.1"]).optimizer  # fmt: skip
-    group = build_optimizer(options, [nn.Parameter(torch.ones(2))], CPU).param_groups[0]
+    group = build_optimizer(options, {"weight": nn.Parameter(torch.ones(2))}, CPU).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.8, 0.95), 1e-6, 0.1)

@@ -1,12 +1,13 @@
 """Scenes keep their distances and contrast, and the same seed draws the same pixels."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from blip3o_core.errors import InputError
-from blip3o_core.shapes.facts import Facts, Wanted, fault, random_scene, realise
+from blip3o_core.shapes.facts import Facts, Wanted, compose, fault, random_scene, realise, tidied
 from blip3o_core.shapes.holdout import SHAPE_COLOURS, is_held_out
 from blip3o_core.shapes.world import (
     BACKGROUNDS,
@@ -23,6 +24,7 @@ from blip3o_core.shapes.world import (
     is_in_place,
     is_possible,
     label_map,
+    middle_of,
     place_of,
     render,
 )
@@ -154,3 +156,52 @@ def test_number_background_shapes_and_colours_all_stay_frequent_without_the_held
     assert len(shapes) == 6 and min(shapes.values()) > 0.1 * len(things)
     assert len(colours) == 8 and min(colours.values()) > 0.03 * len(things)  # white goes on two backgrounds only
     assert {(thing.shape, thing.colour) for thing in things} == {(s, c) for s in SHAPES for c in COLOURS} - SHAPE_COLOURS
+
+
+def test_a_tidied_scene_has_the_same_things_in_the_same_places_in_the_middle_where_there_is_room():
+    rng = np.random.default_rng(8)
+    centred, moved = 0, 0
+    for _ in range(300):
+        scene = random_scene(rng)
+        tidy = tidied(scene)
+        assert is_possible(tidy)
+        for thing, new in zip(scene.objects, tidy.objects, strict=True):
+            assert replace(new, centre=thing.centre) == thing
+            assert place_of(new) == place_of(thing)
+            if len(scene.objects) == 1:
+                assert new.centre == middle_of(place_of(thing))
+            centred, moved = centred + (new.centre == middle_of(place_of(thing))), moved + (new.centre != thing.centre)
+    assert centred > 400 and moved > 400
+
+
+def test_a_tidied_scene_follows_from_sizes_and_places_alone():
+    things = [("star", "red", "small", "left"), ("ring", "blue", "small", "centre"), ("cross", "green", "small", "top right")]
+    rng, found = np.random.default_rng(9), set()
+    for _ in range(12):
+        scene = realise(Facts(tuple(Wanted(*thing) for thing in things), background="white"), rng)
+        found.add(tuple(thing.centre for thing in tidied(scene).objects))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("facts, places", [
+    (Facts((Wanted("star"),)), ("centre",)),
+    (Facts((Wanted("star", "red"), Wanted("ring"))), ("left", "right")),
+    (Facts((Wanted("star"), Wanted("ring")), ((0, "right of", 1),)), ("right", "left")),
+    (Facts((Wanted("star"), Wanted("ring")), ((1, "above", 0),)), ("bottom", "top")),
+    (Facts((Wanted("star"),) * 3, background="grey"), ("top left", "top right", "bottom")),
+    (Facts((Wanted("ring", size="small"),) * 4), ("top left", "top right", "bottom left", "bottom right")),
+])  # fmt: skip
+def test_usual_arrangements(facts, places):
+    rng = np.random.default_rng(10)
+    for _ in range(10):
+        scene = compose(facts, rng)
+        assert is_possible(scene) and fault(facts, scene) == ""
+        assert tuple(place_of(thing) for thing in scene.objects) == places
+
+
+def test_an_unwanted_arrangement_gives_way_to_the_next():
+    rng = np.random.default_rng(11)
+    facts = Facts((Wanted("circle"), Wanted("triangle")))  # a circle left of a triangle is held out
+    assert {tuple(map(place_of, compose(facts, rng, is_held_out).objects)) for _ in range(20)} == {("right", "left")}
+    assert compose(facts, rng, lambda scene: True) is None
+    assert compose(Facts((Wanted("circle", place="left"),)), rng) is None
