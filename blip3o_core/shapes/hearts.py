@@ -10,10 +10,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import require_writable, whole_file, write_text
-from .facts import Facts, Wanted, random_scene, realise
+from .facts import Facts, Wanted, random_scene
 from .holdout import is_held_out
 from .language import phrase, styled
-from .prompts import Prompt
+from .prompts import Prompt, scene_for
 from .world import COLOURS, HEART, SHAPES, Object, Scene, contrasts, fits, pick, random_centre, render
 
 PICTURES = 30
@@ -30,7 +30,7 @@ def write_hearts(folder: Path, *, count: int = PICTURES, seed: int = 0) -> None:
     for index in range(count):
         prompt = heart_prompt(rng, colour=tuple(COLOURS)[index % len(COLOURS)], with_other=index % 3 == 2)
         with whole_file(folder / f"{index:02d}.png") as temporary:
-            render(realise(prompt.facts, rng)).save(temporary, format="PNG")
+            render(scene_for(prompt, rng)).save(temporary, format="PNG")
         write_text(folder / f"{index:02d}.txt", prompt.text + "\n")
 
 
