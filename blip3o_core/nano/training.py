@@ -38,7 +38,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "nano"
 DATA, SKELETON, START, MODEL = "data", "skeleton", "start", "model"
 STAGES: dict[str, tuple[str, ...]] = {
     "1-clip": (), "2-vae": (), "3-decoder": ("1-clip", "2-vae"), "4-eyes": (), "5-backbone": ("1-clip", "4-eyes"),
-    "6-unified": ("1-clip", "4-eyes", "5-backbone"),
+    "6-dit": ("1-clip", "4-eyes", "5-backbone"),
 }  # fmt: skip
 """Stage -> the stages whose networks it learns from, earlier ones first. The numbers are the order of the paper."""
 COUNTS = {

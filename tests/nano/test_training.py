@@ -63,16 +63,16 @@ def test_a_run_that_was_killed_and_goes_on_gives_the_weights_of_an_unbroken_one(
 
 def test_a_signal_reaches_the_stages_and_the_same_command_goes_on(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "nano")
-    shutil.rmtree(tmp_path / "nano" / "6-unified")
+    shutil.rmtree(tmp_path / "nano" / "6-dit")
     process = train_nano(tmp_path / "nano", "--steps", 1000)  # too many to finish
-    log = tmp_path / "nano" / "6-unified" / "log.jsonl"
+    log = tmp_path / "nano" / "6-dit" / "log.jsonl"
     while not (log.exists() and '"train"' in log.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert list((tmp_path / "nano" / "6-unified" / "checkpoints").iterdir()), "it has saved"
+    assert list((tmp_path / "nano" / "6-dit" / "checkpoints").iterdir()), "it has saved"
 
 
 def test_the_packed_checkpoint_is_whole_and_small(trained):
@@ -102,7 +102,7 @@ def test_every_stage_changes_what_its_recipe_says_and_nothing_else(trained):
 def test_the_result_holds_what_the_last_stage_of_each_part_has_trained(trained):
     model = open_shards(trained / "model", "model")
     last = {part: stage for stage in STAGES for part in stage_config(trained, stage).train.parts}
-    assert last["backbone"] == last["dit"] == "6-unified"
+    assert last["backbone"] == last["latent_queries"] == "5-backbone" and last["dit"] == "6-dit"
     for part, stage in last.items():
         own = open_shards(trained / stage / "model", "model")
         for name in (name for name in model if name.startswith(TENSORS.get(part, ()))):
