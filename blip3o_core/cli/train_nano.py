@@ -9,7 +9,7 @@ EXAMPLES = """examples:
   blip3o train-nano --output quick/ --steps 20 --samples 200       the whole way in minutes; draws nothing sensible
 
 Draws the training data, makes an untrained checkpoint and trains the stages of blip3o_core/recipes/nano: CLIP encoder, VAE, decoder,
-backbone, then queries and diffusion transformer. Takes hours on a few CPU cores. Ctrl-C stops it after
+backbone, then diffusion transformer. Takes hours on a few CPU cores. Ctrl-C stops it after
 the step in progress; the same command goes on from there. The result is nano/model, a checkpoint like any other.
 """
 

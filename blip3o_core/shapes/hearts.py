@@ -1,9 +1,10 @@
 """Hearts: a shape that nano never saw. Pictures with captions to train a LoRA from, and prompts to see whether it has learned it.
 
-`python -m blip3o_core.shapes.hearts FOLDER` writes the pictures.
+`python -m blip3o_core.shapes.hearts FOLDER OTHERS` writes the pictures, and ordinary ones that keep a LoRA from forgetting the rest.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,37 @@ from ..files import require_writable, whole_file, write_text
 from .facts import Facts, Wanted, random_scene
 from .holdout import is_held_out
 from .language import phrase, styled
-from .prompts import Prompt, scene_for
+from .prompts import CATEGORIES, Prompt, make_prompt, scene_for
 from .world import COLOURS, HEART, SHAPES, Object, Scene, contrasts, fits, pick, random_centre, render
 
 PICTURES = 30
+OTHERS = 300
 CATEGORY = "hearts"
 _TRIES = 50
 
 
 def write_hearts(folder: Path, *, count: int = PICTURES, seed: int = 0) -> None:
     """NAME.png and NAME.txt, as the trainer reads them. Raises InputError if the folder holds something, OutputError."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, *b"hearts"]))
+    prompts = (heart_prompt(rng, colour=tuple(COLOURS)[index % len(COLOURS)], with_other=index % 3 == 2) for index in range(count))
+    _write(folder, ((prompt.text, scene_for(prompt, rng)) for prompt in prompts))
+
+
+def write_others(folder: Path, *, count: int = OTHERS, seed: int = 0) -> None:
+    """Pictures of the six categories in the same form, without hearts and held-out combinations. Raises as write_hearts."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, *b"other pictures"]))
+    prompts = (make_prompt(CATEGORIES[index % len(CATEGORIES)], rng) for index in range(count))
+    _write(folder, ((prompt.text, scene_for(prompt, rng)) for prompt in prompts))
+
+
+def _write(folder: Path, captioned: Iterable[tuple[str, Scene]]) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty. Give a new folder.")
     require_writable([folder], folder)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, *b"hearts"]))
-    for index in range(count):
-        prompt = heart_prompt(rng, colour=tuple(COLOURS)[index % len(COLOURS)], with_other=index % 3 == 2)
+    for index, (text, scene) in enumerate(captioned):
         with whole_file(folder / f"{index:02d}.png") as temporary:
-            render(scene_for(prompt, rng)).save(temporary, format="PNG")
-        write_text(folder / f"{index:02d}.txt", prompt.text + "\n")
+            render(scene).save(temporary, format="PNG")
+        write_text(folder / f"{index:02d}.txt", text + "\n")
 
 
 def heart_prompts(count: int, *, seed: int) -> list[Prompt]:
@@ -73,4 +86,7 @@ KNOWN = (*SHAPES, HEART)
 
 
 if __name__ == "__main__":
-    write_hearts(Path(sys.argv[1] if len(sys.argv) > 1 else "hearts"))
+    hearts, *others = map(Path, sys.argv[1:] or ["hearts", "others"])
+    write_hearts(hearts)
+    for folder in others:
+        write_others(folder)

@@ -4,6 +4,8 @@ Held-out combinations are drawn, edited and asked about; their floors lie below 
 many more items) by what a small sample may miss. One object on a plain ground is what it has to get right.
 """
 
+from pathlib import Path
+
 import pytest
 
 from blip3o_core import Blip3oPipeline
@@ -11,6 +13,7 @@ from blip3o_core.evaluate import shapes
 from blip3o_core.shapes.detector import detect
 from blip3o_core.shapes.world import COLOURS, Object, Scene, render
 
+DATA = Path(__file__).parents[1] / "data" / "nano"
 PER_CATEGORY = 12
 OBJECTS = [("circle", "red"), ("square", "blue"), ("star", "yellow"), ("ring", "green"), ("cross", "purple"), ("triangle", "orange"),
            ("circle", "black"), ("square", "green")]  # fmt: skip
@@ -87,3 +90,9 @@ def test_pictures_are_drawn_again(pipe, pictures):
 
 def test_hearts_are_unknown_without_the_lora(pipe):
     assert score(pipe, shapes.HEARTS)["all"] <= 0.05
+
+
+def test_a_lora_teaches_hearts():
+    """docs/heart_lora.md: trained from 30 pictures with recipes/hearts.toml."""
+    with_hearts = Blip3oPipeline.from_pretrained("nano", device="cpu", loras=[(DATA / "hearts.safetensors", 1.0)])
+    assert score(with_hearts, shapes.HEARTS)["all"] >= 0.35

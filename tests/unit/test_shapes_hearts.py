@@ -7,7 +7,8 @@ from PIL import Image
 from blip3o_core.errors import InputError
 from blip3o_core.shapes.detector import detect
 from blip3o_core.shapes.facts import random_scene, realise
-from blip3o_core.shapes.hearts import KNOWN, PICTURES, heart_prompts, write_hearts
+from blip3o_core.shapes.hearts import KNOWN, PICTURES, heart_prompts, write_hearts, write_others
+from blip3o_core.shapes.holdout import is_held_out
 from blip3o_core.shapes.judge import judge_prompt
 from blip3o_core.shapes.world import COLOURS, HEART, SHAPES, render
 
@@ -26,6 +27,15 @@ def test_thirty_pictures_with_true_captions_the_same_each_time(tmp_path):
     assert colours == set(COLOURS)
     with pytest.raises(InputError, match="is not empty"):
         write_hearts(tmp_path / "a")
+
+
+def test_other_pictures_show_what_their_captions_say_and_nothing_new(tmp_path):
+    write_others(tmp_path / "others", count=24)
+    scenes = [detect(Image.open(file)) for file in sorted((tmp_path / "others").glob("*.png"))]
+    assert len(scenes) == 24 and len(list((tmp_path / "others").glob("*.txt"))) == 24
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert all(thing.shape in SHAPES for scene in scenes for thing in scene.objects)
+    assert not any("heart" in file.read_text() for file in (tmp_path / "others").glob("*.txt"))
 
 
 def test_prompts_are_judged_right_for_hearts_and_wrong_for_any_other_shape():
