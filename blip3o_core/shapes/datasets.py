@@ -22,7 +22,7 @@ from ..files import require_writable, whole_file, write_text
 from ..presets import PRESETS
 from . import edits, prompts, questions, texts
 from .doodles import doodled_picture
-from .facts import random_scene, tidied
+from .facts import USUAL, random_scene, tidied
 from .holdout import is_held_out
 from .language import caption, complete_caption, detailed_caption
 from .world import BACKGROUNDS, Scene, label_map, pick, render
@@ -135,7 +135,7 @@ def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
         return prompts.scene_for(prompt, rng), prompt.text
     scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_held_out)
     tidy = tidied(scene)
-    if rng.random() < 0.8 and not is_held_out(tidy):
+    if rng.random() < USUAL and not is_held_out(tidy):
         scene = tidy
     return scene, pick(rng, (*4 * (complete_caption,), detailed_caption, caption))(scene, rng)
 

@@ -111,8 +111,7 @@ def _add(scene: Scene, rng: np.random.Generator) -> Edit | None:
     verb = pick(rng, ("add", "put"))
     size = said.size or pick(rng, tuple(SIZES))
     place, relation, where = _destination(scene, None, rng) if verb == "put" or rng.random() < 0.7 else (None, None, "")
-    new = _placed(Object(said.shape, said.colour, size, (0.5, 0.5)), scene.objects, place,
-                  None if relation is None else (relation[0], scene.objects[relation[1]]))  # fmt: skip
+    new = _placed(Object(said.shape, said.colour, size, (0.5, 0.5)), scene.objects, scene, place, relation)
     if new is None:
         return None
     said = dataclasses.replace(said, place=place)
@@ -121,23 +120,25 @@ def _add(scene: Scene, rng: np.random.Generator) -> Edit | None:
 
 
 def _placed(
-    thing: Object, others: tuple[Object, ...], place: str | None, relation: tuple[str, Object] | None, away_from: Point | None = None
-) -> Object | None:
+    thing: Object, others: tuple[Object, ...], scene: Scene, place: str | None, relation: tuple[str, int] | None, *,
+    away_from: Point | None = None,
+) -> Object | None:  # fmt: skip
     """The thing where one would expect it: in the middle of the place, or beside the other object, or else where most room is.
 
-    None if it fits nowhere. away_from: at least _FAR from there.
+    None if it fits nowhere. others: what it must not touch; relation: to an object of the scene; away_from: at least _FAR from there.
     """
+    name, other = (relation[0], scene.objects[relation[1]]) if relation else (None, None)
 
     def misfit(new: Object) -> float:
-        if relation:
-            return 1 - closeness(new, *relation) + abs(math.dist(new.centre, relation[1].centre) - _BESIDE)
+        if other:
+            return 1 - closeness(new, name, other) + abs(math.dist(new.centre, other.centre) - _BESIDE)
         if place:
             return math.dist(new.centre, middle_of(place))
-        return -min(math.dist(new.centre, other.centre) for other in others)
+        return -min(math.dist(new.centre, one.centre) for one in others)
 
     possible = [dataclasses.replace(thing, centre=centre) for centre in centres(thing.size, place)]
     possible = [new for new in possible if fits(new, others)
-                and (relation is None or closeness(new, *relation) >= CLEARLY)
+                and (other is None or closeness(new, name, other) >= CLEARLY)
                 and (away_from is None or math.dist(new.centre, away_from) >= _FAR)]  # fmt: skip
     return min(possible, key=lambda new: (round(misfit(new), 6), new.centre), default=None)
 
@@ -174,8 +175,7 @@ def _move(scene: Scene, rng: np.random.Generator) -> Edit | None:
         return None
     for preposition in ("in the ", "at the ", "on the "):
         where = where.replace(f" {preposition}", " to the ", 1) if where.startswith(f" {preposition}") else where
-    where = where if where.startswith(" to ") or not relation else where
-    new = _placed(thing, others, place, None if relation is None else (relation[0], scene.objects[relation[1]]), thing.centre)
+    new = _placed(thing, others, scene, place, relation, away_from=thing.centre)
     if new is None:
         return None
     text = styled("{}", f"{'move' if where.startswith(' to ') else pick(rng, ('move', 'put'))} the {name}{where}", rng)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from .facts import Facts, Wanted, compose, realise
+from .facts import USUAL, Facts, Wanted, realise, usual_scene
 from .holdout import (
     SHAPE_COLOURS,
     SHAPE_COUNTS,
@@ -23,7 +23,6 @@ HELD_OUT_KIND = dict(zip(CATEGORIES, ("sight", "pair", "count", "colour", "relat
 """What of holdout.held_out makes a prompt of the category held out."""
 
 _TRIES_PER_PROMPT = 50
-_USUAL = 0.8  # share of usual arrangements in training pictures
 _OPENINGS = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}", "draw {}", "a picture that shows {}", "please draw {}",
              "an image with {}")  # fmt: skip
 
@@ -62,14 +61,14 @@ def make_prompts(category: str, count: int, *, seed: int, held_out: bool) -> lis
 def scene_for(prompt: Prompt, rng: np.random.Generator) -> Scene:
     """A scene of which the prompt is true and that holds no held-out combination but those that it names.
 
-    Mostly as most people would draw it: a small model learns little from pictures in which all that the prompt leaves open is random.
+    Mostly as most people would draw it (`USUAL`).
     """
     named = held_out_facts(prompt.facts)
 
     def refuse(scene: Scene) -> bool:
         return bool(held_out(scene) - named)
 
-    usual = compose(prompt.facts, rng, refuse) if rng.random() < _USUAL else None
+    usual = usual_scene(prompt.facts, rng, refuse) if rng.random() < USUAL else None
     return usual or realise(prompt.facts, rng, refuse)
 
 

@@ -90,7 +90,7 @@ class ObjectiveOptions:
                                      "easier time with them", minimum=0)
     draws_per_sample: int = option(1, "drawing tasks, decode: noises and noise levels with which each sample is trained in one step; more "
                                    "of them share the work of encoding it, and need memory like a larger batch; 0 runs no DiT, so that "
-                                  "only regression_weight and label_weight teach the language side", minimum=0)
+                                   "only regression_weight and label_weight teach the language side", minimum=0)
     counted_positions: float = option(0.0, "understand, segment: share of samples whose positions count up through pictures, as they do "
                                       "when drawing, in place of Qwen's rows and columns: for a language model that starts from nothing",
                                       minimum=0, maximum=1)

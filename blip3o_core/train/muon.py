@@ -18,7 +18,10 @@ _RMS = 0.2  # of an entry of AdamW's usual updates
 
 
 class Muon(torch.optim.Optimizer):
-    """named_parameters: hidden matrices (2-D) get orthogonal updates; vectors, embeddings, heads and convolutions those of AdamW."""
+    """named_parameters: hidden matrices (2-D) get orthogonal updates; vectors, embeddings, heads and convolutions those of AdamW.
+
+    betas, eps: of AdamW's; the momentum of the others is 0.95.
+    """
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float,
                  weight_decay: float) -> None:  # fmt: skip

@@ -12,9 +12,11 @@ from .config import OptimizerOptions
 from .muon import Muon
 
 
-def build_optimizer(options: OptimizerOptions, named: Mapping[str, nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """named: what it changes, by name. Raises InputError if the package of an optional one is missing, ConfigError if it can't run here."""
-    parameters = list(named.values())
+def build_optimizer(
+    options: OptimizerOptions, named_parameters: Mapping[str, nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """Raises InputError if the package of an optional one is missing, ConfigError if it can't run here."""
+    parameters = list(named_parameters.values())
     settings = {"lr": options.learning_rate, "betas": (options.beta1, options.beta2), "eps": options.epsilon,
                 "weight_decay": options.weight_decay}  # fmt: skip
     if options.name == "adamw8bit":
@@ -26,7 +28,7 @@ def build_optimizer(options: OptimizerOptions, named: Mapping[str, nn.Parameter]
         prodigy = require_package("prodigyopt", extra="prodigy", purpose="optimizer.name = prodigy").Prodigy
         return prodigy(parameters, **settings, decouple=True, safeguard_warmup=options.warmup_steps > 0, use_bias_correction=True)
     if options.name == "muon":
-        return Muon(named, **settings)
+        return Muon(named_parameters, **settings)
     return torch.optim.AdamW(parameters, **settings)
 
 

@@ -1,7 +1,7 @@
 """Nano means what it draws and says: the shipped weights, judged without a model.
 
-Held-out combinations are drawn, edited and asked about; their floors lie below the scores of the model card (`blip3o evaluate shapes`,
-many more items) by what a small sample may miss. One object on a plain ground is what it has to get right.
+Held-out combinations are drawn and asked about, other scenes drawn again; the floors lie below the scores of the model card
+(`blip3o evaluate shapes`, many more items) by what a small sample may miss. One object on a plain ground is what it has to get right.
 """
 
 from pathlib import Path
@@ -35,9 +35,9 @@ def seen(pictures) -> list[tuple[list[tuple[str, str]], str]]:
     return [([(thing.shape, thing.colour) for thing in scene.objects], scene.background) for scene in scenes]
 
 
-def score(pipe: Blip3oPipeline, task: str, **settings) -> dict[str, float]:
+def score(pipe: Blip3oPipeline, task: str) -> dict[str, float]:
     """Category -> share of right items, and "all": their mean."""
-    report, _ = shapes.evaluate(pipe, tasks=[task], per_category=PER_CATEGORY, seeds=1, **settings)
+    report, _ = shapes.evaluate(pipe, tasks=[task], per_category=PER_CATEGORY, seeds=1)
     found = report["scores"][task]
     print(task, found)
     return {"all": found["score"], **{name: row["score"] for name, row in found["categories"].items()}}

@@ -29,7 +29,7 @@ def test_thirty_pictures_with_true_captions_the_same_each_time(tmp_path):
         write_hearts(tmp_path / "a")
 
 
-def test_other_pictures_show_what_their_captions_say_and_nothing_new(tmp_path):
+def test_other_pictures_hold_neither_hearts_nor_held_out_combinations(tmp_path):
     write_others(tmp_path / "others", count=24)
     scenes = [detect(Image.open(file)) for file in sorted((tmp_path / "others").glob("*.png"))]
     assert len(scenes) == 24 and len(list((tmp_path / "others").glob("*.txt"))) == 24

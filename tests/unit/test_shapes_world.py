@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip3o_core.errors import InputError
-from blip3o_core.shapes.facts import Facts, Wanted, compose, fault, random_scene, realise, tidied
+from blip3o_core.shapes.facts import Facts, Wanted, fault, random_scene, realise, tidied, usual_scene
 from blip3o_core.shapes.holdout import SHAPE_COLOURS, is_held_out
 from blip3o_core.shapes.world import (
     BACKGROUNDS,
@@ -194,7 +194,7 @@ def test_a_tidied_scene_follows_from_sizes_and_places_alone():
 def test_usual_arrangements(facts, places):
     rng = np.random.default_rng(10)
     for _ in range(10):
-        scene = compose(facts, rng)
+        scene = usual_scene(facts, rng)
         assert is_possible(scene) and fault(facts, scene) == ""
         assert tuple(place_of(thing) for thing in scene.objects) == places
 
@@ -202,6 +202,6 @@ def test_usual_arrangements(facts, places):
 def test_an_unwanted_arrangement_gives_way_to_the_next():
     rng = np.random.default_rng(11)
     facts = Facts((Wanted("circle"), Wanted("triangle")))  # a circle left of a triangle is held out
-    assert {tuple(map(place_of, compose(facts, rng, is_held_out).objects)) for _ in range(20)} == {("right", "left")}
-    assert compose(facts, rng, lambda scene: True) is None
-    assert compose(Facts((Wanted("circle", place="left"),)), rng) is None
+    assert {tuple(map(place_of, usual_scene(facts, rng, is_held_out).objects)) for _ in range(20)} == {("right", "left")}
+    assert usual_scene(facts, rng, lambda scene: True) is None
+    assert usual_scene(Facts((Wanted("circle", place="left"),)), rng) is None
