@@ -80,8 +80,10 @@ def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_model(args: argparse.Namespace) -> str:
-    """--model, or the environment variable, or nano."""
-    return args.model or os.environ.get(MODEL_VARIABLE) or "nano"
+    """--model, or the environment variable, or the nano of this package, whatever folders of that name there are."""
+    from ..variants.blip3o import NANO_FOLDER
+
+    return args.model or os.environ.get(MODEL_VARIABLE) or str(NANO_FOLDER)
 
 
 def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: str | Path | None = None) -> "Blip3oPipeline":

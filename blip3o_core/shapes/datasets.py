@@ -30,7 +30,7 @@ from .world import BACKGROUNDS, Scene, label_map, pick, render
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
 """What the data was made with; another seed or number in the same folder is refused."""
-VERSION = 7  # of what the generator makes from a seed; raise it whenever a sample changes
+VERSION = 8  # of what the generator makes from a seed; raise it whenever a sample changes
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
@@ -126,12 +126,13 @@ def png(picture: Image.Image) -> bytes:
 
 
 def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
-    """For text-to-image and contrast: prompts of the six categories, and captions of any scene, most of which leave nothing open.
+    """For text-to-image and contrast: prompts of the six categories and mixed ones, and captions, most of which leave nothing open.
 
     What a caption leaves open, a model can't be wrong about, so it learns little from it.
     """
-    if rng.random() < 0.4:
-        prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng)
+    kind = rng.random()
+    if kind < 0.6:
+        prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng) if kind < 0.3 else prompts.mixed_prompt(rng)
         return prompts.scene_for(prompt, rng), prompt.text
     scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_held_out)
     tidy = tidied(scene)

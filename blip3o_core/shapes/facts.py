@@ -132,7 +132,8 @@ def random_scene(rng: np.random.Generator, *, objects: int | None = None, refuse
 def usual_scene(facts: Facts, rng: np.random.Generator, refuse: Refuse = lambda scene: False) -> Scene | None:
     """What most people would draw: large objects, one in the centre, two beside each other, three or four around the centre.
 
-    Colours and background are as random as in `realise`. None if it can't be so, or would be refused.
+    Objects of which the same is said have the same colour; else colours and background are as random as in `realise`. None if it can't
+    be so, or would be refused.
     """
     if any(thing.place for thing in facts.objects) or len(facts.relations) > 1:
         return None
@@ -147,8 +148,11 @@ def usual_scene(facts: Facts, rng: np.random.Generator, refuse: Refuse = lambda 
             scene = _contents(large, rng)
             if scene is None:
                 return None
-            scene = replace(scene, objects=tuple(replace(thing, centre=middle_of(place))
-                                                 for thing, place in zip(scene.objects, places, strict=True)))  # fmt: skip
+            colours = dict(zip(large.objects, (thing.colour for thing in scene.objects), strict=True))
+            scene = replace(scene, objects=tuple(
+                replace(thing, colour=colours[asked], centre=middle_of(place))
+                for asked, thing, place in zip(large.objects, scene.objects, places, strict=True)
+            ))  # fmt: skip
             if not refuse(scene):
                 return scene
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from .facts import USUAL, Facts, Wanted, realise, usual_scene
+from .facts import USUAL, Facts, Wanted, random_scene, realise, usual_scene, wanted
 from .holdout import (
     SHAPE_COLOURS,
     SHAPE_COUNTS,
@@ -14,14 +14,30 @@ from .holdout import (
     SHAPE_SIZE_BACKGROUNDS,
     held_out,
     held_out_facts,
+    is_held_out,
 )
 from .language import NUMBERS, amounts, on_background, phrase, plural, styled
-from .world import BACKGROUNDS, COLOURS, MAX_OBJECTS, OPPOSITE, RELATIONS, SHAPES, SIZES, Scene, backgrounds_for, pick
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_OBJECTS,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    backgrounds_for,
+    clear_relation,
+    pick,
+    place_of,
+)
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
 HELD_OUT_KIND = dict(zip(CATEGORIES, ("sight", "pair", "count", "colour", "relation", "colour"), strict=True))
 """What of holdout.held_out makes a prompt of the category held out."""
 
+MIXED = "mixed"
+_MIXED_OBJECTS = (1, 1, 2, 2, 2, 3)
 _TRIES_PER_PROMPT = 50
 _OPENINGS = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}", "draw {}", "a picture that shows {}", "please draw {}",
              "an image with {}")  # fmt: skip
@@ -43,6 +59,21 @@ def make_prompt(category: str, rng: np.random.Generator, *, held_out: bool = Fal
         possible = [name for name in backgrounds_for(colours) if facts.background in (None, name)]
         if possible and held_out_facts(facts) == allowed:
             return Prompt(_text(category, facts, rng), category, facts)
+
+
+def mixed_prompt(rng: np.random.Generator) -> Prompt:
+    """What the categories keep apart, for training: any of number, colours, sizes, background, and place or relation. Nothing held out."""
+    scene = random_scene(rng, objects=pick(rng, _MIXED_OBJECTS), refuse=is_held_out)
+    said = [name for name, share in (("colour", 0.6), ("size", 0.4)) if rng.random() < share]
+    background = scene.background if rng.random() < 0.5 else None
+    relations, place = (), None
+    if len(scene.objects) == 2 and rng.random() < 0.6:
+        relation = clear_relation(*scene.objects)
+        relations = ((0, relation, 1),) if relation else ()
+    elif len(scene.objects) == 1 and rng.random() < 0.3:
+        place = place_of(scene.objects[0])
+    facts = Facts(tuple(wanted(thing, *said, place=place) for thing in scene.objects), relations, background)
+    return Prompt(styled(pick(rng, _OPENINGS), phrase(facts, rng), rng), MIXED, facts)
 
 
 def make_prompts(category: str, count: int, *, seed: int, held_out: bool) -> list[Prompt]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-_OUTER = ("embed_tokens.", "latent_queries", "_head.")  # first and last matrices, whose rows are words, queries or answers
+_OUTER = ("embed_tokens.", "latent_queries", "_head.", "conv_in.", "conv_out.")  # first and last: rows are words, queries or answers
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0, and near 1 between 0.7 and 1.2 after five rounds
 _ROUNDS = 5
 _MOMENTUM = 0.95
@@ -18,7 +18,7 @@ _RMS = 0.2  # of an entry of AdamW's usual updates
 
 
 class Muon(torch.optim.Optimizer):
-    """named_parameters: hidden matrices (2-D) get orthogonal updates; vectors, embeddings, heads and convolutions those of AdamW.
+    """named_parameters: hidden matrices and convolutions get orthogonal updates; vectors, embeddings and heads those of AdamW.
 
     betas, eps: of AdamW's; the momentum of the others is 0.95.
     """
@@ -56,9 +56,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
                 moving.append(parameter.grad.lerp(state["momentum"], _MOMENTUM))  # Nesterov's
-            scale = _RMS * max(shape) ** 0.5
-            for parameter, update in zip(same, orthogonalised(torch.stack(moving)), strict=True):
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+            scale = _RMS * max(shape[0], shape[1:].numel()) ** 0.5
+            updates = orthogonalised(torch.stack(moving).flatten(2))
+            for parameter, update in zip(same, updates, strict=True):
+                parameter.add_(update.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * scale)
 
     def _adam_step(self, parameters: list[Tensor], group: dict) -> None:
         first, second = group["betas"]
@@ -74,8 +75,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Between two layers of a network."""
-    return parameter.ndim == 2 and min(parameter.shape) > 1 and not any(part in name for part in _OUTER)
+    """Between two layers of a network; a convolution (out, in, height, width) counts as a matrix of `out` rows."""
+    return parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 1 and not any(part in name for part in _OUTER)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

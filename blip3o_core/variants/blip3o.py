@@ -79,10 +79,10 @@ class Blip3oCheckpoint:
     def open(cls, folder: str | Path) -> "Blip3oCheckpoint":
         """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead.
 
-        "nano" is the small model in this package, unless there is a folder of that name.
+        "nano" is the small model in this package, unless there is a checkpoint of that name.
         """
         folder = Path(os.path.expanduser(folder))
-        if str(folder) == "nano" and not folder.is_dir():
+        if str(folder) == "nano" and not (folder / "config.json").exists():
             folder = NANO_FOLDER
         config = read_config(folder)
         components = split_components(open_shards(folder, "model"), folder)

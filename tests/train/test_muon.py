@@ -44,9 +44,21 @@ def test_one_step_by_hand():
     torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 32**0.5 * update)
 
 
-def test_vectors_embeddings_heads_and_convolutions_get_adamw_steps():
+def test_a_convolution_is_a_matrix_with_a_row_per_output():
+    kernel, gradient = seeded(8, 4, 3, 3), seeded(3, 3, 4, 8).permute(3, 2, 0, 1).contiguous()
+    parameters = {"resnets.0.conv1.weight": kernel.clone(), "layers.0.weight": kernel.flatten(1).clone()}
+    parameters = {name: nn.Parameter(value) for name, value in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = gradient.view(parameter.shape)
+    Muon(parameters, **SETTINGS).step()
+    convolution, matrix = (parameter.detach() for parameter in parameters.values())
+    torch.testing.assert_close(convolution.flatten(1), matrix)
+    assert not torch.equal(convolution, kernel)
+
+
+def test_vectors_embeddings_heads_and_outer_convolutions_get_adamw_steps():
     named = {"norm.weight": seeded(16), "backbone.embed_tokens.weight": seeded(10, 4), "embedding_head.weight": seeded(6, 4),
-             "backbone.latent_queries": seeded(1, 8, 4), "unet.conv.weight": seeded(4, 4, 3, 3)}  # fmt: skip
+             "backbone.latent_queries": seeded(1, 8, 4), "unet.conv_in.weight": seeded(4, 4, 3, 3)}  # fmt: skip
     assert not any(is_hidden_matrix(name, tensor) for name, tensor in named.items())
     ours = {name: nn.Parameter(tensor.clone()) for name, tensor in named.items()}
     theirs = {name: nn.Parameter(tensor.clone()) for name, tensor in named.items()}

@@ -1,5 +1,6 @@
 """What can be wrong with a folder: found when it is opened, before a tensor is read."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blip3o_core import Blip3oPipeline, CheckpointError, InputError
-from blip3o_core.variants.blip3o import DrawingDefaults
+from blip3o_core.cli.options import MODEL_VARIABLE, chosen_model
+from blip3o_core.variants.blip3o import NANO_FOLDER, Blip3oCheckpoint, DrawingDefaults
 
 
 def edit_config(file: Path, **changes) -> None:
@@ -245,3 +247,16 @@ def test_eyes_that_know_one_size_get_that_size(checkpoint_copy, pipe):
     edit_config(checkpoint_copy / "config.json", image_side=50)
     with pytest.raises(CheckpointError, match="image_side is 50, not a multiple of 28"):
         open_pipeline(checkpoint_copy)
+
+
+def test_nano_is_the_packaged_model_unless_a_checkpoint_has_that_name(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano" / "data").mkdir(parents=True)  # where `blip3o train-nano --output nano` works
+    assert Blip3oCheckpoint.open("nano").folder == NANO_FOLDER
+    (tmp_path / "nano" / "data").rmdir()
+    (tmp_path / "nano").rmdir()
+    (tmp_path / "nano").symlink_to(tiny_checkpoint)
+    assert Blip3oCheckpoint.open("nano").folder == Path("nano")
+    nothing_chosen = argparse.Namespace(model=None)
+    monkeypatch.delenv(MODEL_VARIABLE, raising=False)
+    assert chosen_model(nothing_chosen) == str(NANO_FOLDER)

@@ -46,7 +46,7 @@ def texts_of_training(count: int) -> list[str]:
     for _ in range(count):
         scene = random_scene(rng, refuse=is_held_out)
         found += [describe(scene, rng) for describe in (caption, detailed_caption, complete_caption)]
-        found += [prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text]
+        found += [prompts.make_prompt(prompts.CATEGORIES[len(found) % 6], rng).text, prompts.mixed_prompt(rng).text]
         found += [text for question in questions.questions(scene, rng) for text in (question.text, question.answer)]
         found += [edits.make_edit(edits.KINDS[len(found) % 6], rng).instruction]
         found += [text for kind in texts.KINDS for task in [texts.make_text(kind, rng)] for text in (task.question, task.answer)]
@@ -189,6 +189,19 @@ def test_a_prompt_names_held_out_combinations_of_its_category_or_none(category, 
     for prompt in found[:15]:
         scene = prompts.scene_for(prompt, rng)
         assert is_possible(scene) and held_out(scene) == expected and fault(prompt.facts, scene) == ""
+
+
+def test_mixed_prompts_join_what_the_categories_keep_apart_and_hold_out_the_same():
+    rng = np.random.default_rng(0)
+    found = [prompts.mixed_prompt(rng) for _ in range(400)]
+    for prompt in found:
+        scene = prompts.scene_for(prompt, rng)
+        assert not held_out_facts(prompt.facts) and not is_held_out(scene) and fault(prompt.facts, scene) == ""
+        assert all(thing.colour is None or thing.colour in prompt.text.lower() for thing in prompt.facts.objects)
+    facts = [prompt.facts for prompt in found]
+    assert any(one.relations and all(thing.colour for thing in one.objects) for one in facts)  # a red circle left of a blue square
+    assert any(one.background and one.objects[0].size and not one.objects[0].colour for one in facts)
+    assert {len(one.objects) for one in facts} == {1, 2, 3} and any(one.objects[0].place for one in facts)
 
 
 def test_asking_for_more_prompts_than_there_are_is_an_error(monkeypatch):

@@ -197,6 +197,8 @@ def test_usual_arrangements(facts, places):
         scene = usual_scene(facts, rng)
         assert is_possible(scene) and fault(facts, scene) == ""
         assert tuple(place_of(thing) for thing in scene.objects) == places
+        alike = {asked: thing.colour for asked, thing in zip(facts.objects, scene.objects, strict=True)}
+        assert all(thing.colour == alike[asked] for asked, thing in zip(facts.objects, scene.objects, strict=True))
 
 
 def test_an_unwanted_arrangement_gives_way_to_the_next():
