@@ -58,7 +58,8 @@ def write_card(file: Path, stages: Sequence[Stage], *, machine: str, scores: Map
         lines.append(f"| {stage.name} | {', '.join(stage.parts)} | {', '.join(stage.tasks)} | {stage.steps:,} | {stage.samples:,} | "
                      f"{stage.seconds / 60:.0f} | {losses} |")
     for split, report in (scores or {}).items():
-        about = f"`blip3o evaluate shapes --split {split}`, {report['per_category']} items per category, {report['seeds']} seeds."
+        seeds = "one seed" if report["seeds"] == 1 else f"{report['seeds']} seeds"
+        about = f"`blip3o evaluate shapes --split {split}`, {report['per_category']} items per category, {seeds}."
         lines += ["", f"## Scores, {split} combinations", "", about, "", "| | score |", "|---|---|"]
         for group, values in report["scores"].items():
             if not isinstance(values, dict):
