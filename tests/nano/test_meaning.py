@@ -11,6 +11,7 @@ import pytest
 from blip3o_core import Blip3oPipeline
 from blip3o_core.evaluate import shapes
 from blip3o_core.shapes.detector import detect
+from blip3o_core.shapes.facts import Facts, Wanted, fault
 from blip3o_core.shapes.world import COLOURS, Object, Scene, render
 
 DATA = Path(__file__).parents[1] / "data" / "nano"
@@ -45,8 +46,15 @@ def score(pipe: Blip3oPipeline, task: str) -> dict[str, float]:
 
 def test_the_asked_objects_appear(pipe):
     found = score(pipe, "prompts")
-    assert found["all"] >= 0.3
-    assert found["two_objects"] >= 0.5
+    assert found["all"] >= 0.55
+    assert found["two_objects"] >= 0.6 and found["position"] >= 0.5
+
+
+def test_the_first_command_of_the_readme_draws_what_it_says(pipe):
+    prompt = "a red circle left of a blue square"
+    assert f'blip3o generate "{prompt}"' in (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    said = Facts((Wanted("circle", "red"), Wanted("square", "blue")), ((0, "left of", 1),))
+    assert fault(said, detect(pipe.generate([prompt], seeds=[0])[0])) == ""
 
 
 def test_the_asked_colour_appears(pipe):
@@ -56,7 +64,7 @@ def test_the_asked_colour_appears(pipe):
 
 
 def test_questions_are_answered(pipe):
-    assert score(pipe, "understanding")["all"] >= 0.6
+    assert score(pipe, "understanding")["all"] >= 0.65
 
 
 def test_one_object_is_named(pipe, pictures):
@@ -72,20 +80,25 @@ def test_an_object_gets_the_asked_colour_and_stays_alone_on_its_ground(pipe, pic
     right = [len(objects) == 1 and objects[0][1] == new and ground == "white" for (objects, ground), new in zip(edited, asked, strict=True)]
     assert sum(right) >= 7, edited
     kept = [objects[:1] == [(shape, new)] for (objects, _), (shape, _), new in zip(edited, OBJECTS, asked, strict=True)]
-    assert sum(kept) >= 4, edited
+    assert sum(kept) >= 6, edited
 
 
-def test_the_background_changes_and_the_object_keeps_its_colour(pipe, pictures):
+def test_the_background_changes_and_the_object_stays(pipe, pictures):
     edited = seen(pipe.edit(pictures, ["make the background sky blue"] * len(pictures), seeds=range(8)))
-    right = [ground == "sky" and [found for _, found in objects] == [colour]
-             for (objects, ground), (_, colour) in zip(edited, OBJECTS, strict=True)]  # fmt: skip
+    right = [ground == "sky" and objects == [thing] for (objects, ground), thing in zip(edited, OBJECTS, strict=True)]
     assert sum(right) >= 7, edited
+
+
+def test_edits_change_what_they_say_and_nothing_else(pipe):
+    found = score(pipe, "edits")
+    assert found["all"] >= 0.3
+    assert found["background"] >= 0.5
 
 
 def test_pictures_are_drawn_again(pipe, pictures):
     again = seen(pipe.reconstruct(pictures, seeds=range(8)))
     assert sum(objects == [thing] and ground == "white" for (objects, ground), thing in zip(again, OBJECTS, strict=True)) >= 7, again
-    assert score(pipe, "reconstruction")["all"] >= 0.75
+    assert score(pipe, "reconstruction")["all"] >= 0.8
 
 
 def test_hearts_are_unknown_without_the_lora(pipe):
@@ -95,4 +108,4 @@ def test_hearts_are_unknown_without_the_lora(pipe):
 def test_a_lora_teaches_hearts():
     """docs/heart_lora.md: trained from 30 pictures with recipes/hearts.toml."""
     with_hearts = Blip3oPipeline.from_pretrained("nano", device="cpu", loras=[(DATA / "hearts.safetensors", 1.0)])
-    assert score(with_hearts, shapes.HEARTS)["all"] >= 0.35
+    assert score(with_hearts, shapes.HEARTS)["all"] >= 0.5
