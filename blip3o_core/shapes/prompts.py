@@ -1,4 +1,4 @@
-"""Text-to-image prompts of GenEval's six categories, each with the facts that a judge checks."""
+"""Text-to-image prompts, each with the facts that a judge checks: of GenEval's six categories, and mixed ones for training."""
 
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ HELD_OUT_KIND = dict(zip(CATEGORIES, ("sight", "pair", "count", "colour", "relat
 """What of holdout.held_out makes a prompt of the category held out."""
 
 MIXED = "mixed"
+"""The category of prompts that join what the others keep apart; none of it is evaluated."""
 _MIXED_OBJECTS = (1, 1, 2, 2, 2, 3)
 _TRIES_PER_PROMPT = 50
 _OPENINGS = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}", "draw {}", "a picture that shows {}", "please draw {}",

@@ -120,8 +120,8 @@ class ObjectiveOptions:
 class OptimizerOptions:
     """[optimizer]: how gradients change the weights."""
 
-    name: str = option("adamw", "adamw; muon (full training from nothing: orthogonal updates for hidden matrices, AdamW's learning rates); "
-                       "adamw8bit (extra adamw8bit, CUDA); prodigy (extra prodigy, learning_rate 1)",
+    name: str = option("adamw", "adamw; muon (full training from nothing: orthogonal updates for hidden matrices and convolutions, "
+                       "AdamW's learning rates); adamw8bit (extra adamw8bit, CUDA); prodigy (extra prodigy, learning_rate 1)",
                        choices=("adamw", "muon", "adamw8bit", "prodigy"))
     learning_rate: float = option(1e-4, "peak", minimum=0, maximum=1000)
     beta1: float = option(0.9, "decay of the gradient's average", minimum=0, maximum=0.999999)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they are added to the weights; AdamW for all other weights.
+"""Muon: momentum of matrices and convolutions is made orthogonal before it is added to the weights; AdamW for all other weights.
 
 Every direction of a weight then learns at the same pace, also those that few samples ask for. Source: K. Jordan et al., "Muon: An
 optimizer for hidden layers in neural networks" (2024); the scale, with which it takes AdamW's learning rates: arXiv:2502.16982, sec. 2.2.
