@@ -20,6 +20,7 @@ from .transforms import augment
 PROMPT_IMAGE_SIDE = 448  # of pictures before an instruction, as when drawing
 LABELS = 16
 """Different labels in one channel of a map."""
+_NOTICEABLE, _NOTICEABLE_SHARE = 32, 0.02  # a pixel has changed by so much of 255, a cell in so many of its pixels
 DRAW_STREAM, CROP_STREAM = 1, 2  # keep the random numbers of a draw apart from those of the order, and the crop from the rest
 
 
@@ -41,6 +42,7 @@ class Example:
     target_key: str = ""
     states_key: str = ""
     label_shares: Tensor | None = None  # (channels, cells, LABELS) of each cell's area; when drawing, of the cells of the embedding
+    changed: Tensor | None = None  # of an edit, if asked for: (64,) bool, whether the cell of the embedding differs from the source
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Preparer:
     eva_size: int  # side in pixels of EVA-CLIP's input
     picture_size: int = 0  # side in pixels for the VAE
     labels_embedding: bool = False  # maps of labels are for the tokens of a CLIP embedding, not for those of the backbone's eyes
+    marks_changes: bool = False  # tells what an edit changes, see Example.changed
     image_side: int | None = None  # of a model whose eyes know one size only; see Blip3oCheckpoint.image_side
     closed_turn: bool = False
     max_pixels: int = 448 * 448
@@ -125,6 +128,9 @@ class Preparer:
     def _target(self, example: Example, sample: Sample, flipped: bool) -> None:
         if sample.labels is not None:
             example.label_shares = self._embedding_labels(mirrored(open_picture(sample.labels, sample.name), flipped))
+        if self.marks_changes and sample.task == "edit":
+            source, target = (mirrored(open_picture(image, sample.name), flipped) for image in (sample.images[0], sample.target))
+            example.changed = changed_cells(source, target, EMBEDDING_GRID)
         if self.targets is not None:
             example.target_key = content_key((sample.target,), flipped, self.augmentation.crop, self.eva_size)
             example.target = self.targets.load(example.target_key)
@@ -200,6 +206,15 @@ def label_shares(labels: Image.Image, rows: int, columns: int) -> Tensor:
         raise InputError(f"a map of labels holds {int(sampled.max())}; labels are 0 to {LABELS - 1}.")
     cells = sampled.reshape(rows, side, columns, side, -1).transpose(4, 0, 2, 1, 3).reshape(sampled.shape[2], rows * columns, side * side)
     return torch.from_numpy((cells[..., None] == np.arange(LABELS)).mean(axis=2, dtype=np.float32))
+
+
+def changed_cells(source: Image.Image, target: Image.Image, grid: int) -> Tensor:
+    """Whether a cell of the centre square of the target differs from the source (grid * grid,) bool; the noise of a JPEG doesn't count."""
+    side = 16 * grid
+    squares = [np.asarray(picture_square(image, side), dtype=np.int16) for image in (source, target)]  # (side, side, 3) each
+    differs = np.abs(squares[0] - squares[1]).max(axis=2) > _NOTICEABLE
+    cells = differs.reshape(grid, 16, grid, 16).transpose(0, 2, 1, 3).reshape(grid * grid, 16 * 16)
+    return torch.from_numpy(cells.mean(axis=1) > _NOTICEABLE_SHARE)
 
 
 def possible(share: float) -> tuple[bool, ...]:

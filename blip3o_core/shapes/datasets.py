@@ -23,14 +23,14 @@ from ..presets import PRESETS
 from . import edits, prompts, questions, texts
 from .doodles import doodled_picture
 from .facts import USUAL, random_scene, tidied
-from .holdout import is_held_out
+from .holdout import is_held_out, is_undrawn
 from .language import caption, complete_caption, detailed_caption
 from .world import BACKGROUNDS, Scene, label_map, pick, render
 
 SHARD_SAMPLES = 1000
 DESCRIPTION = "shapes.json"
 """What the data was made with; another seed or number in the same folder is refused."""
-VERSION = 8  # of what the generator makes from a seed; raise it whenever a sample changes
+VERSION = 9  # of what the generator makes from a seed; raise it whenever a sample changes
 
 Members = dict[str, bytes]  # suffix -> content
 TEXT_TASK = "text"
@@ -134,9 +134,9 @@ def described_scene(rng: np.random.Generator) -> tuple[Scene, str]:
     if kind < 0.6:
         prompt = prompts.make_prompt(pick(rng, prompts.CATEGORIES), rng) if kind < 0.3 else prompts.mixed_prompt(rng)
         return prompts.scene_for(prompt, rng), prompt.text
-    scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_held_out)
+    scene = random_scene(rng, objects=pick(rng, _OBJECTS), refuse=is_undrawn)
     tidy = tidied(scene)
-    if rng.random() < USUAL and not is_held_out(tidy):
+    if rng.random() < USUAL and not is_undrawn(tidy):
         scene = tidy
     return scene, pick(rng, (*4 * (complete_caption,), detailed_caption, caption))(scene, rng)
 
@@ -164,7 +164,7 @@ def _decodable(rng: np.random.Generator) -> Members:
 
 
 def _edit(rng: np.random.Generator) -> Members:
-    edit = edits.make_edit(pick(rng, edits.KINDS), rng)
+    edit = edits.make_edit(str(rng.choice(edits.KINDS, p=list(edits.TRAINING_SHARES.values()))), rng)
     return {
         "json": json.dumps({"instruction": edit.instruction}).encode(), "source.png": png(render(edit.source)),
         "target.png": png(render(edit.target)), "labels.png": png(label_map(edit.target)),

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from .facts import Wanted, random_scene
-from .holdout import is_held_out
+from .holdout import is_held_out, is_undrawn
 from .language import PLACE_PHRASES, RELATION_PHRASES, amount, background_name, refer, styled, with_article
 from .world import (
     BACKGROUNDS,
@@ -32,6 +32,8 @@ from .world import (
 )
 
 KINDS = ("recolour", "replace", "add", "remove", "move", "background")
+TRAINING_SHARES = {"recolour": 0.25, "replace": 0.25, "add": 0.15, "remove": 0.1, "move": 0.15, "background": 0.1}
+"""The more an edit leaves to be told from the instruction alone, the longer it takes to learn."""
 _FAR = 0.25  # how much an object has to be moved at least
 _BESIDE = 0.4375  # between the centres of two objects beside each other: room for large ones
 
@@ -61,7 +63,7 @@ def make_edit(kind: str, rng: np.random.Generator, *, held_out: bool = False) ->
     while True:
         source = random_scene(rng, objects=int(rng.integers(fewest, most + 1)), refuse=is_held_out)
         edit = _MAKERS[kind](source, rng)
-        if edit is not None and is_possible(edit.target) and is_held_out(edit.target) == held_out:
+        if edit is not None and is_possible(edit.target) and (is_held_out(edit.target) if held_out else not is_undrawn(edit.target)):
             return edit
 
 

@@ -42,7 +42,7 @@ USUAL = 0.8
 """Share of training pictures that are as most people would draw them (`usual_scene`, `tidied`): a small model learns little from pictures
 in which all that a text leaves open is random."""
 _ARRANGEMENTS: dict[int, tuple[tuple[str, ...], ...]] = {
-    1: (("centre",),), 2: (("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")),
+    1: (("centre",),), 2: (("left", "right"), ("top", "bottom"), ("right", "left"), ("bottom", "top")),
     3: (("top left", "top right", "bottom"),), 4: (CORNERS,),
 }  # fmt: skip
 """Number of objects -> places of the objects in their order, the usual ones first."""

@@ -32,6 +32,9 @@ SHAPE_SIZE_BACKGROUNDS = frozenset({
     ("ring", "small", "sky"), ("cross", "large", "grey"),
 })  # fmt: skip
 
+_UNDRAWN_SIGHTS = frozenset((shape, background) for shape, _, background in SHAPE_SIZE_BACKGROUNDS)
+"""Nothing trains to draw these at all: where squares on sky are always small, a model learns just that, and not what "large" means."""
+
 
 def is_held_out_relation(first: str, relation: str, second: str) -> bool:
     """Of two shapes."""
@@ -59,6 +62,16 @@ def held_out(scene: Scene) -> frozenset[str]:
 
 def is_held_out(scene: Scene) -> bool:
     return bool(held_out(scene))
+
+
+def is_undrawn_sight(shape: str, background: str) -> bool:
+    """Whether no picture that a model learns to draw from a text shows the shape on the background, in any size."""
+    return (shape, background) in _UNDRAWN_SIGHTS
+
+
+def is_undrawn(scene: Scene) -> bool:
+    """Whether no picture that a model learns to draw from a text shows this: it is held out, or would contradict what is."""
+    return is_held_out(scene) or any(is_undrawn_sight(thing.shape, scene.background) for thing in scene.objects)
 
 
 def held_out_facts(facts: Facts) -> frozenset[str]:

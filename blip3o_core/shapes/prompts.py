@@ -14,7 +14,8 @@ from .holdout import (
     SHAPE_SIZE_BACKGROUNDS,
     held_out,
     held_out_facts,
-    is_held_out,
+    is_undrawn,
+    is_undrawn_sight,
 )
 from .language import NUMBERS, amounts, on_background, phrase, plural, styled
 from .world import (
@@ -52,19 +53,21 @@ class Prompt:
 
 
 def make_prompt(category: str, rng: np.random.Generator, *, held_out: bool = False) -> Prompt:
-    """A random prompt that names a held-out combination of its category's kind and no other, or none at all."""
+    """A random prompt that names a held-out combination of its category's kind and no other, or only what is drawn in training."""
     allowed = frozenset({HELD_OUT_KIND[category]} if held_out else ())
     while True:
         facts = _FACTS[category](rng, held_out)
         colours = [thing.colour for thing in facts.objects if thing.colour]
         possible = [name for name in backgrounds_for(colours) if facts.background in (None, name)]
+        if not held_out:
+            possible = [name for name in possible if not any(is_undrawn_sight(thing.shape, name) for thing in facts.objects)]
         if possible and held_out_facts(facts) == allowed:
             return Prompt(_text(category, facts, rng), category, facts)
 
 
 def mixed_prompt(rng: np.random.Generator) -> Prompt:
     """What the categories keep apart, for training: any of number, colours, sizes, background, and place or relation. Nothing held out."""
-    scene = random_scene(rng, objects=pick(rng, _MIXED_OBJECTS), refuse=is_held_out)
+    scene = random_scene(rng, objects=pick(rng, _MIXED_OBJECTS), refuse=is_undrawn)
     said = [name for name, share in (("colour", 0.6), ("size", 0.4)) if rng.random() < share]
     background = scene.background if rng.random() < 0.5 else None
     relations, place = (), None
@@ -98,7 +101,7 @@ def scene_for(prompt: Prompt, rng: np.random.Generator) -> Scene:
     named = held_out_facts(prompt.facts)
 
     def refuse(scene: Scene) -> bool:
-        return bool(held_out(scene) - named)
+        return bool(held_out(scene) - named) if named else is_undrawn(scene)
 
     usual = usual_scene(prompt.facts, rng, refuse) if rng.random() < USUAL else None
     return usual or realise(prompt.facts, rng, refuse)

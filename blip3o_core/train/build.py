@@ -91,6 +91,9 @@ def require_trainable(config: TrainConfig, tasks: Sequence[str]) -> None:
                               "of them.")
     if config.objective.label_weight and any(data.crop != "centre" for data in config.data):
         raise ConfigError("objective.label_weight needs centre crops: labels are those of the whole picture. Set data.crop to centre.")
+    if config.objective.changed_weight != 1 and "edit" not in tasks:
+        raise ConfigError(f"objective.changed_weight = {config.objective.changed_weight:g} weighs what edits change, but no dataset has "
+                          "the task edit. Set it to 1.")
     if "contrast" in tasks and config.train.batch_size < 2:
         raise ConfigError("train.batch_size is 1, but the task contrast tells the pictures of one batch apart. Give at least 2.")
     delicate = bool(parts & {"vae", "vae_decoder"} or set(tasks) & set(WRITING_TASKS)) or config.trains_language_side

@@ -94,6 +94,7 @@ def _preparer(options: DataOptions, config: TrainConfig, sources: Sources, cache
         eva_size=eva_size,
         picture_size=_picture_size(options.task, config, sources),
         labels_embedding=labels_embedding,
+        marks_changes=config.objective.changed_weight != 1,
         image_side=sources.checkpoint.image_side,
         closed_turn=config.train.prompt_form == "reference",
         max_pixels=config.loader.max_pixels,

@@ -6,10 +6,12 @@ own, and a line in `build_objectives`. Source of the published ones: arXiv:2505.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..data.prepare import Example
 from ..data.sample import GENERATION_TASKS, WRITING_TASKS
+from ..models.eva_clip import EMBEDDING_GRID
 from .autoencoding import autoencoding_objective
 from .config import ObjectiveOptions
 from .contrastive import contrastive_objective
@@ -53,13 +55,13 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
 
     def losses(model: TrainingModel, examples: Sequence[Example], draws: Sequence[Draw]) -> Tensor:
         states = model.query_states(examples)  # (B, Q, H)
-        flows, lessons = options.draws_per_sample > 0, 0.0
+        flows, lessons, weight = options.draws_per_sample > 0, 0.0, _token_weights(examples, options.changed_weight, states.device)
         if flows or model.embedding_head is not None:
             data = model.targets(examples)  # (B, C, 8, 8) float32
         if model.embedding_head is not None:
-            lessons = options.regression_weight * embedding_regression(model.embedding_head(states), data)  # (B,)
+            lessons = options.regression_weight * embedding_regression(model.embedding_head(states), data, weight)  # (B,)
         if model.query_label_head is not None:
-            lessons = lessons + options.label_weight * query_label_losses(model.query_label_head(states), examples)
+            lessons = lessons + options.label_weight * query_label_losses(model.query_label_head(states), examples, weight)
         if not flows:
             return lessons
         if options.local_attention_weight:
@@ -71,10 +73,19 @@ def flow_matching_objective(options: ObjectiveOptions) -> Objective:
                            logit_std=options.logit_std, condition_dropout=options.condition_dropout)  # fmt: skip
         states = states * drawn.kept.to(states)[:, None, None]
         found = flow_matching(lambda x, timestep: model.velocity(x, timestep, states), data, drawn.noise.to(data), drawn.u.to(data),
-                              shift=options.shift)  # fmt: skip
+                              shift=options.shift, weight=None if weight is None else weight.repeat(rounds, 1))  # fmt: skip
         return found.unflatten(0, (rounds, -1)).mean(dim=0) + lessons
 
     return losses
+
+
+def _token_weights(examples: Sequence[Example], changed_weight: float, device: torch.device) -> Tensor | None:
+    """(B, 64), or None if all of them are 1."""
+    if changed_weight == 1:
+        return None
+    same = torch.zeros(EMBEDDING_GRID**2, dtype=torch.bool)
+    changed = torch.stack([same if example.changed is None else example.changed for example in examples]).to(device)
+    return 1 + (changed_weight - 1) * changed.float()
 
 
 def cross_entropy_objective(options: ObjectiveOptions) -> Objective:

@@ -33,15 +33,21 @@ def query_label_head(width: int) -> nn.Linear:
     return nn.Linear(width, MAP_CHANNELS * LABELS)
 
 
-def query_label_losses(logits: Tensor, examples: Sequence[Example]) -> Tensor:
-    """logits (B, 64, MAP_CHANNELS * LABELS) of the head, query i for cell i -> loss (B,); 0 for examples without a map."""
+def query_label_losses(logits: Tensor, examples: Sequence[Example], weight: Tensor | None = None) -> Tensor:
+    """logits (B, 64, MAP_CHANNELS * LABELS) of the head, query i for cell i -> loss (B,); 0 for examples without a map.
+
+    weight: (B, 64) of the cells, None for 1.
+    """
     found = logits.new_zeros(len(examples), dtype=torch.float32)
     mapped = [index for index, example in enumerate(examples) if example.label_shares is not None]
     if not mapped:
         return found + 0 * logits.float().sum()
     shares = torch.stack([examples[index].label_shares.transpose(0, 1) for index in mapped]).to(found)  # (n, 64, channels, LABELS)
     own = logits[mapped].float().unflatten(-1, (MAP_CHANNELS, LABELS)).log_softmax(dim=-1)
-    return found.index_add(0, torch.tensor(mapped, device=found.device), -(shares * own).sum(dim=(2, 3)).mean(dim=1))
+    errors = -(shares * own).sum(dim=(2, 3))  # (n, 64)
+    if weight is not None:
+        errors = errors * weight[mapped]
+    return found.index_add(0, torch.tensor(mapped, device=found.device), errors.mean(dim=1))
 
 
 def segmentation_objective(options: ObjectiveOptions) -> Objective:

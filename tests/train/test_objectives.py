@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from blip3o_core.data.prepare import LABELS, Augmentation, Preparer, label_shares
+from blip3o_core.data.prepare import LABELS, Augmentation, Preparer, changed_cells, label_shares
 from blip3o_core.data.sample import Sample
 from blip3o_core.errors import ConfigError, InputError
 from blip3o_core.images import qwen_pixel_values
@@ -331,6 +332,39 @@ def test_lessons_of_the_queries_need_a_language_side_that_trains(data, tmp_path,
 def test_labels_of_queries_need_whole_pictures(data, tmp_path):
     with pytest.raises(ConfigError, match="objective.label_weight needs centre crops"):
         full(data, tmp_path / "out", "latent_queries", "text_to_image", "objective.label_weight=1", "data.0.crop=random")
+
+
+def test_what_an_edit_changes_weighs_more(data, tmp_path, relative_error):
+    """In flow matching, regression and labels alike; samples that aren't edits are as they were."""
+    lessons = ("objective.regression_weight=1", "objective.draws_per_sample=2")
+    losses = {}
+    for weight in (1, 2, 5):
+        prepared = full(data, tmp_path / "out", "latent_queries", "edit", *lessons, f"objective.changed_weight={weight}")
+        for example in prepared.examples:
+            assert (example.changed is None) == (weight == 1)
+            example.changed = torch.arange(64) % 8 < 2
+        losses[weight] = prepared.losses()
+    assert relative_error(losses[5] - losses[1], 4 * (losses[2] - losses[1])) <= 1e-3
+    assert (losses[2] > losses[1]).all()
+    for example in prepared.examples:
+        example.changed = None  # a prompt in the same run
+    assert relative_error(prepared.losses(), losses[1]) <= 1e-6
+
+
+def test_cells_that_an_edit_changes_are_found_in_pictures_of_any_size():
+    source = Image.new("RGB", (512, 256), "white")
+    target = source.resize((256, 128))
+    target.paste((255, 0, 0), (64 + 32, 16, 64 + 48, 48))  # within the centre square: column 2, rows 1 and 2
+    found = changed_cells(source, target, 8).view(8, 8)
+    assert found.nonzero().tolist() == [[1, 2], [2, 2]]
+    noise = np.random.default_rng(0).integers(0, 12, (256, 512, 3))
+    noisy = Image.fromarray((np.asarray(source) - noise).astype(np.uint8))
+    assert not changed_cells(source, noisy, 8).any()
+
+
+def test_weights_of_changes_need_edits(data, tmp_path):
+    with pytest.raises(ConfigError, match="objective.changed_weight = 2 weighs what edits change, but no dataset has the task edit"):
+        full(data, tmp_path / "out", "latent_queries", "text_to_image", "objective.changed_weight=2")
 
 
 # cross-entropy

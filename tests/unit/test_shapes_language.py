@@ -8,6 +8,7 @@ import pytest
 
 from blip3o_core.errors import InputError
 from blip3o_core.shapes import edits, prompts, questions, texts
+from blip3o_core.shapes.datasets import described_scene
 from blip3o_core.shapes.facts import Facts, Wanted, fault, random_scene
 from blip3o_core.shapes.holdout import (
     SHAPE_COLOURS,
@@ -19,6 +20,7 @@ from blip3o_core.shapes.holdout import (
     held_out_facts,
     is_held_out,
     is_held_out_relation,
+    is_undrawn,
 )
 from blip3o_core.shapes.language import (
     NUMBERS,
@@ -170,6 +172,16 @@ def test_the_held_out_list_is_as_documented():
 def test_each_kind_of_held_out_combination_is_recognised(objects, background, kind):
     assert held_out(Scene(tuple(objects), background)) == {kind}
     assert not is_held_out(Scene((RED_CIRCLE, BLUE_SQUARE), background))
+
+
+def test_what_would_contradict_a_held_out_size_is_not_drawn_either():
+    """Large squares on sky are held out: small ones only would teach that squares on sky are small."""
+    square = Object("square", "red", "small", (0.5, 0.5))
+    assert is_undrawn(Scene((square,), "sky")) and not is_held_out(Scene((square,), "sky"))
+    assert not is_undrawn(Scene((square,), "white")) and is_undrawn(Scene((Object("ring", "red", "small", (0.5, 0.5)),), "white"))
+    rng = np.random.default_rng(3)
+    assert not any(is_undrawn(edits.make_edit(kind, rng).target) for kind in edits.KINDS for _ in range(8))
+    assert not any(is_undrawn(described_scene(rng)[0]) for _ in range(60))
 
 
 @pytest.mark.parametrize("category", prompts.CATEGORIES)
