@@ -146,6 +146,22 @@ def eva_pixel_values(images: Sequence[Image.Image], *, size: int = 448, crop_fir
     return torch.stack([_normalised(_centre_square(image, size, crop_first)) for image in to_rgb_images(images)])
 
 
+def siglip_pixel_values(images: Sequence[Image.Image], *, size: int = 512, squeeze: bool = False) -> Tensor:
+    """Pixels for SigLIP2 -> (B, 3, size, size) float32 in -1..1.
+
+    Args:
+        squeeze: False takes the centre square, its short side brought to size; True squeezes the whole picture, as the reference's demo.
+    Raises: InputError if a picture is more than 200 times as long as wide.
+    """
+    pixels = []
+    for image in to_rgb_images(images):
+        _require_aspect_ratio(image.size)
+        square = (image.resize((size, size), Image.Resampling.BILINEAR) if squeeze
+                  else _centre_square(image, size, crop_first=False, resample=Image.Resampling.BILINEAR))  # fmt: skip
+        pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5))
+    return torch.stack(pixels)
+
+
 def _require_regular_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
@@ -249,13 +265,15 @@ def _qwen_size(size: tuple[int, int], cell: int, min_pixels: int, max_pixels: in
     return width, height
 
 
-def _centre_square(image: Image.Image, size: int, crop_first: bool) -> Image.Image:
+def _centre_square(
+    image: Image.Image, size: int, crop_first: bool, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     _require_aspect_ratio(image.size)
     short = min(image.size)
     if crop_first:
         left, top = ((side - short) // 2 for side in image.size)
-        return image.crop((left, top, left + short, top + short)).resize((size, size), Image.Resampling.BICUBIC)
-    image = image.resize([int(size * side / short) for side in image.size], Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + short, top + short)).resize((size, size), resample)
+    image = image.resize([int(size * side / short) for side in image.size], resample)
     left, top = (round((side - size) / 2) for side in image.size)  # ties to even, as in the reference
     return image.crop((left, top, left + size, top + size))
 

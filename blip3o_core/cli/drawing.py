@@ -59,17 +59,18 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoder_arguments(parser: argparse.ArgumentParser, *, zero_image: bool = False) -> None:
-    """zero_image: offer the embedding of the zero image as what pictures are guided away from, and take it by default."""
+    """zero_image: offer the embedding of the zero image as what pictures are guided away from."""
     group = parser.add_argument_group("the picture")
     group.add_argument("--decoder-steps", type=int, metavar="N", help=f"steps of the picture, 1..999 ({OWN.format(50)})")
     group.add_argument("--decoder-guidance-scale", type=float, metavar="G",
                        help=f"guidance of the picture; 1 is none and twice as fast ({OWN.format('3.0')})")
-    choices = {"null_prompt": "a sample of the null prompt as in the reference", "zeros": "zeros, which need no sampling"}
+    choices = {"null_prompt": "a sample of the null prompt as in the reference", "zeros": "zeros, which need no sampling",
+               "black_image": "the embedding of a black picture, only and always for SANA decoders"}  # fmt: skip
     if zero_image:
         choices = {"zero_image": "the embedding of an image of zeros as in the reference", **choices}
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
-    group.add_argument("--negative", choices=tuple(choices), default=next(iter(choices)),
-                       help=f"what the picture is guided away from: {meanings} (default: %(default)s)")
+    group.add_argument("--negative", choices=tuple(choices), 
+                       help=f"what the picture is guided away from: {meanings} (default: {next(iter(choices))}, or black_image)")
     group.add_argument("--width", type=int, metavar="N", help=f"pixels, a multiple of 8 ({OWN.format(1024)})")
     group.add_argument("--height", type=int, metavar="N", help=f"pixels, a multiple of 8 ({OWN.format(1024)})")
 
@@ -79,9 +80,10 @@ def embedding_settings(args: argparse.Namespace, own: "DrawingDefaults") -> dict
     return _chosen(args, own, ("steps", "guidance_scale")) | {"solver": args.solver}
 
 
-def decoder_settings(args: argparse.Namespace, own: "DrawingDefaults") -> dict[str, Any]:
-    """Names as in `Blip3oPipeline.generate`. own: of the checkpoint, for what was not said."""
-    return _chosen(args, own, ("decoder_steps", "decoder_guidance_scale", "width", "height")) | {"negative": args.negative}
+def decoder_settings(args: argparse.Namespace, pipe: "Blip3oPipeline", *, reconstructing: bool = False) -> dict[str, Any]:
+    """Names as in `Blip3oPipeline.generate`; what was not said is the checkpoint's own."""
+    chosen = _chosen(args, pipe.drawing, ("decoder_steps", "decoder_guidance_scale", "width", "height"))
+    return chosen | {"negative": args.negative or pipe.default_negative(reconstructing=reconstructing)}
 
 
 def _chosen(args: argparse.Namespace, own: "DrawingDefaults", names: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="checkpoint folder")
-    parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder (default: diffusion-decoder/ of PATH)")
+    parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder, SDXL or SANA (default: diffusion-decoder/ of "
+                        "PATH)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -26,19 +27,24 @@ def run(args: argparse.Namespace) -> None:
 def describe(path: str, decoder: str | None = None) -> dict[str, Any]:
     """Components with parameters, dtypes and bytes, and bytes per task."""
     from ..variants.blip3o import SKIPPED, TASKS, Blip3oCheckpoint
-    from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
+    from ..variants.decoders import open_decoder
+    from ..variants.sdxl_decoder import find_sdxl_decoder
 
     checkpoint = Blip3oCheckpoint.open(path)
     components = {name: summary(entries.values()) for name, entries in checkpoint.components.items() if entries}
-    decoder_parts = []
+    decoder_parts, has_encoder = ["decoder_unet", "decoder_vae"], False
+    opened = None
     if decoder is not None or find_sdxl_decoder(checkpoint.folder) is not None:
-        opened = SdxlDecoderCheckpoint.open(decoder if decoder is not None else checkpoint.folder)
-        components["decoder_unet"] = summary(opened.unet.values())
-        components["decoder_vae"] = summary(opened.vae.values())
-        decoder_parts = ["decoder_unet", "decoder_vae"]
+        opened = open_decoder(decoder if decoder is not None else checkpoint.folder)
+        components |= {name: summary(entries.values()) for name, entries in opened.components.items()}
+        decoder_parts, has_encoder = list(opened.components), opened.has_encoder
     tasks = {}
     for task, parts in TASKS.items():
-        needed = [*parts, *([] if task == "understanding" else ["decoder_unet", "decoder_vae"])]
+        needed = [*parts, *([] if task == "understanding" else decoder_parts)]
+        if has_encoder and task == "reconstruction":
+            needed = decoder_parts
+        elif has_encoder and task != "understanding":
+            continue  # it draws nothing that a prompt becomes
         if task == "understanding" and "output_head" not in components:
             needed.remove("output_head")  # tied: the embedding matrix serves as head
         tasks[task] = {
@@ -51,7 +57,7 @@ def describe(path: str, decoder: str | None = None) -> dict[str, Any]:
         "model_type": checkpoint.config["model_type"],
         "queries": checkpoint.num_queries,
         "embedding_width": checkpoint.dit_config.in_channels,
-        "decoder": str(opened.folder) if decoder_parts else None,
+        "decoder": None if opened is None else str(opened.folder),
         "components": components,
         "unused": sorted({SKIPPED} & components.keys()),
         "tasks": tasks,

@@ -22,7 +22,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) 
     parser.add_argument("--model", metavar="PATH", default=None,
                         help=f"checkpoint folder (default: the environment variable {MODEL_VARIABLE}, else nano, the small model in this "
                         "package)")  # fmt: skip
-    parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder (default: diffusion-decoder/ of the model)")
+    parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder: SDXL, or SigLIP2 + SANA, which "
+                        "only reconstructs (default: diffusion-decoder/ of the model)")  # fmt: skip
+    parser.add_argument("--sana-positions", choices=("sincos", "none"), help="position table of a SANA decoder; the file doesn't say which "
+                        "(default: sincos)")  # fmt: skip
+    parser.add_argument("--decoder-scheduler", choices=("dpmsolver++", "euler"), help="of a SANA decoder (default: that of its layout)")
     parser.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1", "mps" (default: %(default)s)')
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"),
                         help="precision of the networks (default: float32 on the CPU, bfloat16 elsewhere)")
@@ -92,7 +96,8 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
 
     return Blip3oPipeline.from_pretrained(
         chosen_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
-        loras=args.lora, allow_other_base=args.lora_any_base, on_load=bars.on_load,
+        loras=args.lora, allow_other_base=args.lora_any_base, sana_positions=args.sana_positions,
+        decoder_scheduler=args.decoder_scheduler, on_load=bars.on_load,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args, [f"{path.stem} again" for path in args.image])
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
-        settings = decoder_settings(args, pipe.drawing)
+        settings = decoder_settings(args, pipe, reconstructing=True)
         decoding = {name.removeprefix("decoder_"): value for name, value in settings.items()}
         pipe.check_generate([], seeds=[job.seed for job in jobs], steps=1, guidance_scale=1, solver="euler",
                             **settings | {"negative": "zeros"})  # fmt: skip

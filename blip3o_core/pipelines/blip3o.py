@@ -3,6 +3,7 @@
 B batch, Q = 64 queries, H width of the backbone, C width of a CLIP embedding (1792 at full size).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint.load import OnLoad
 from ..errors import Blip3oError, InputError
-from ..images import eva_pixel_values, to_rgb_images
+from ..images import eva_pixel_values, siglip_pixel_values, to_rgb_images
 from ..lora.chosen import ChosenLora, open_loras
 from ..models.eva_clip import EMBEDDING_GRID, EvaClip
 from ..models.nextdit import Condition, NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
+from ..models.sana import SanaDecoder
 from ..models.sdxl import SdxlDecoder
+from ..models.siglip2 import Siglip2
 from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
 from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
 from ..sampling.noise import require_seed, seeded_noise
 from ..variants.blip3o import Blip3oCheckpoint, DrawingDefaults
+from ..variants.decoders import DecoderCheckpoint, open_decoder
 from ..variants.eva_clip import EvaClipCheckpoint
 from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
 from .chat import MAX_NEW_TOKENS, Chat, OnToken, some_rgb_images
@@ -32,7 +36,6 @@ from .edit import DrawingChat, edit, vary
 from .language import TRAINED_SIZE, encode_prompts
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
-NEGATIVES = ("null_prompt", "zeros")
 NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed
 MAX_DECODER_STEPS = 999
 MIN_SIDE, MAX_SIDE = 64, 4096
@@ -46,10 +49,10 @@ class Blip3oPipeline:
     """One checkpoint, opened and checked; every network is loaded when it is first needed and then kept."""
 
     def __init__(
-        self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: SdxlDecoderCheckpoint | None, *, device: torch.device,
+        self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: DecoderCheckpoint | None, *, device: torch.device,
         dtype: torch.dtype, vision_source: EvaClipCheckpoint | None = None, on_load: OnLoad | None = None,
         loras: Sequence[ChosenLora] = (), backbone: Backbone | None = None, dit: NextDiT | None = None,
-        decoder_network: SdxlDecoder | None = None, vision_tower: VisionTower | None = None,
+        decoder_network: SdxlDecoder | SanaDecoder | None = None, vision_tower: VisionTower | None = None,
     ) -> None:  # fmt: skip
         """Most callers want `from_pretrained`.
 
@@ -70,13 +73,15 @@ class Blip3oPipeline:
         self._vision_encoder: EvaClip | None = None
         self._dit = dit
         self._decoder = decoder_network
+        self._decoder_encoder: Siglip2 | None = None
         self._null_embeddings: dict[tuple, Tensor] = {}
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
         decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *,
-        loras: Sequence[tuple[str | Path, float]] = (), allow_other_base: bool = False, on_load: OnLoad | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (), allow_other_base: bool = False, sana_positions: str | None = None,
+        decoder_scheduler: str | None = None, on_load: OnLoad | None = None,
     ) -> "Blip3oPipeline":  # fmt: skip
         """Opens a checkpoint folder of the published layout. Only local files are read.
 
@@ -84,10 +89,12 @@ class Blip3oPipeline:
             path: folder with config.json, tokenizer and `model*.safetensors`.
             device: None or "auto" takes an accelerator if there is one.
             dtype: None or "auto" is float32 on the CPU and bfloat16 elsewhere.
-            decoder: another folder with unet/, vae/, scheduler/; None takes `diffusion-decoder/` of `path` if it exists.
+            decoder: a folder with unet/, vae/, scheduler/ (SDXL), or a SigLIP2 + SANA decoder, which draws only embeddings of its own
+                encoder; None takes `diffusion-decoder/` of `path` if it exists.
             vision_encoder: folder or file of the EVA-CLIP tower; None takes the one inside the checkpoint when it is needed.
             loras: (file, strength) pairs, added to the weights in this order when those are loaded.
             allow_other_base: take LoRAs that say they were trained on another base; layers and shapes must fit anyway.
+            sana_positions, decoder_scheduler: switches of a SANA decoder, see `SanaDecoderCheckpoint.open`.
             on_load: (component, bytes read, bytes in all) while weights are loaded.
         Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings; InputError
             if a LoRA is for another base.
@@ -97,8 +104,10 @@ class Blip3oPipeline:
         checkpoint.tokenizer  # noqa: B018 -- a folder without tokenizer fails here, not after minutes of loading
         decoder_checkpoint = None
         if decoder is not None or find_sdxl_decoder(checkpoint.folder) is not None:
-            decoder_checkpoint = SdxlDecoderCheckpoint.open(decoder if decoder is not None else checkpoint.folder)
-            if decoder_checkpoint.embedding_width != checkpoint.dit_config.in_channels:
+            decoder_checkpoint = open_decoder(decoder if decoder is not None else checkpoint.folder, positions=sana_positions,
+                                              scheduler=decoder_scheduler)  # fmt: skip
+            has_encoder = decoder_checkpoint.has_encoder  # then it can draw what others can't
+            if not has_encoder and decoder_checkpoint.embedding_width != checkpoint.dit_config.in_channels:
                 raise InputError(f"{decoder_checkpoint.folder}: this decoder reads embeddings of width "
                                  f"{decoder_checkpoint.embedding_width}, {checkpoint.folder} makes width "
                                  f"{checkpoint.dit_config.in_channels}. Use the decoder of the same family.")
@@ -121,8 +130,9 @@ class Blip3oPipeline:
 
     @property
     def drawing(self) -> DrawingDefaults:
-        """The checkpoint's own settings, which stand in for every setting that is None."""
-        return self.checkpoint.drawing
+        """The checkpoint's own settings, which stand in for every setting that is None; a SANA decoder brings its own."""
+        own = self.checkpoint.drawing
+        return own if self.decoder_checkpoint is None else dataclasses.replace(own, **self.decoder_checkpoint.own_settings)
 
     @property
     def backbone(self) -> Backbone:
@@ -179,13 +189,20 @@ class Blip3oPipeline:
         return self._dit
 
     @property
-    def decoder(self) -> SdxlDecoder:
-        """UNet, VAE and schedule. Raises CheckpointError if the folder came without a decoder."""
+    def decoder(self) -> SdxlDecoder | SanaDecoder:
+        """Its diffusion network, autoencoder and schedule. Raises CheckpointError if the folder came without a decoder."""
         if self._decoder is None:
             if self.decoder_checkpoint is None:
                 SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
             self._decoder = self.decoder_checkpoint.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
         return self._decoder
+
+    @property
+    def decoder_encoder(self) -> Siglip2:
+        """The encoder that a SANA decoder brings: `decoder_encoder(pixel_values (B, 3, 512, 512))` -> embeddings (B, 1152, 8, 8)."""
+        if self._decoder_encoder is None:
+            self._decoder_encoder = self.decoder_checkpoint.load_encoder(dtype=self.dtype, device=self.device, on_load=self._on_load)
+        return self._decoder_encoder
 
     @torch.inference_mode()
     def encode_prompt(
@@ -274,24 +291,27 @@ class Blip3oPipeline:
         """CLIP embeddings -> pictures.
 
         Args:
-            z: (B, C, 8, 8), or tokens (B, 64, C).
+            z: (B, C, 8, 8), or tokens (B, 64, C): embeddings of the kind that the decoder reads.
             negative: an embedding of the same form (one, or one per picture), "null_prompt" (the reference: see
-                `null_embedding`; also None) or "zeros". Not used for guidance_scale <= 1.
-            steps, guidance_scale: None takes the checkpoint's own, 50 and 3.0 if it was published.
-            width, height: pixels, multiples of the VAE factor (8); None takes the checkpoint's own, 1024 if it was published.
-            noise: (B, 4, height / 8, width / 8); None draws it from `seeds`, one per picture (default 0, 1, 2, ...).
-            output_type: "pil" (list of images), "pt" (B, 3, height, width) in 0..1, or "latent" (B, 4, ...) before the VAE.
+                `null_embedding`; of a SANA decoder "black_image"), or "zeros"; None takes the first. Not used for guidance_scale <= 1.
+            steps, guidance_scale: None takes the checkpoint's own, 50 and 3.0 if it was published (SANA: 30 and 3.0).
+            width, height: pixels, multiples of the VAE factor (8, SANA: 32); None takes the checkpoint's own, 1024 if it was published
+                (SANA: 512).
+            noise: (B, 4, height / 8, width / 8), SANA: (B, 32, height / 32, width / 32); None draws it from `seeds`, one per picture
+                (default 0, 1, 2, ...).
+            output_type: "pil" (list of images), "pt" (B, 3, height, width) in 0..1, or "latent" (as the noise) before the VAE.
         Raises: InputError for values out of range, CheckpointError if there is no decoder, before anything is computed.
         """
         steps, guidance_scale, width, height = self._decoding_defaults(steps, guidance_scale, width, height)
         self._require_decoding_arguments(steps, guidance_scale, width, height, negative, output_type)
         tokens = self._tokens(z)
         factor = self.decoder_checkpoint.factor
-        start = self._start_noise(noise, seeds, (len(tokens), 4, height // factor, width // factor))
+        start = self._start_noise(noise, seeds, (len(tokens), self.decoder_checkpoint.latent_channels, height // factor, width // factor))
         if guidance_scale <= 1:
             negative_tokens = None
-        elif negative is None or (isinstance(negative, str) and negative == "null_prompt"):
-            negative_tokens = self._tokens(self.null_embedding(on_step=on_step))
+        elif negative is None or isinstance(negative, str) and negative in ("null_prompt", "black_image"):
+            null = self.black_image_embedding() if self.decoder_checkpoint.has_encoder else self.null_embedding(on_step=on_step)
+            negative_tokens = self._tokens(null)
         elif isinstance(negative, str):
             negative_tokens = torch.zeros_like(tokens[:1])
         else:
@@ -342,6 +362,9 @@ class Blip3oPipeline:
         steps, guidance_scale = _default(steps, self.drawing.steps), _default(guidance_scale, self.drawing.guidance_scale)
         decoding = self._decoding_defaults(decoder_steps, decoder_guidance_scale, width, height)
         self._prompt_ids(prompts, template=template)
+        if prompts and self.decoder_checkpoint is not None and self.decoder_checkpoint.embedding_width != self.embedding_width:
+            raise InputError(f"{self.decoder_checkpoint.folder}: {self.decoder_checkpoint.reads}; {self.checkpoint.folder} makes EVA-CLIP "
+                             f"embeddings of width {self.embedding_width} from prompts. Draw prompts with an SDXL decoder.")
         for seed in seeds:
             require_seed(seed)
         require_solver(solver)
@@ -368,26 +391,56 @@ class Blip3oPipeline:
             self._null_embeddings[key] = self.vision_encoder(zeros).float()
         return self._null_embeddings[key]
 
+    @torch.inference_mode()
+    def embed_for_decoder(self, images) -> Tensor:
+        """Images -> the embeddings (B, C, 8, 8) float32 that the decoder draws: SigLIP2's for SANA, else `embed_image`.
+
+        Centre crop, as in training; for SANA the short side is brought to 512 pixels.
+        """
+        if self.decoder_checkpoint is None or not self.decoder_checkpoint.has_encoder:
+            return self.embed_image(images)
+        encoder = self.decoder_encoder
+        pixel_values = siglip_pixel_values(to_rgb_images(images), size=encoder.config.image_size)
+        return self._finite(encoder(pixel_values.to(self.device, encoder.dtype)).float(), "embedding")
+
+    @torch.inference_mode()
+    def black_image_embedding(self) -> Tensor:
+        """Embedding of a black picture (1, C, 8, 8) by the encoder of a SANA decoder: its null. Encoded once."""
+        key = ("black image",)
+        if key not in self._null_embeddings:
+            encoder = self.decoder_encoder
+            side = encoder.config.image_size
+            black = torch.full((1, 3, side, side), -1.0, device=self.device, dtype=encoder.dtype)
+            self._null_embeddings[key] = encoder(black).float()
+        return self._null_embeddings[key]
+
     def reconstruct(
-        self, images, *, seeds: Sequence[int] | None = None, negative: Tensor | str = "zero_image", steps: int | None = None,
+        self, images, *, seeds: Sequence[int] | None = None, negative: Tensor | str | None = None, steps: int | None = None,
         guidance_scale: float | None = None, width: int | None = None, height: int | None = None, output_type: str = "pil",
         on_step: OnStep | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Images -> embeddings -> pictures. Arguments as in `decode_embeddings`.
 
         Args:
-            negative: "zero_image" as in the reference, an embedding, "null_prompt" or "zeros".
+            negative: None is "zero_image" as in the reference, of a SANA decoder "black_image"; or what `decode_embeddings` takes.
         """
         steps, guidance_scale, width, height = self._decoding_defaults(steps, guidance_scale, width, height)
-        from_zero_image = isinstance(negative, str) and negative == "zero_image"
+        negative = self.default_negative(reconstructing=True) if negative is None else negative
+        from_zero_image = isinstance(negative, str) and negative == "zero_image" and not self._decoder_has_encoder
         self._require_decoding_arguments(steps, guidance_scale, width, height, None if from_zero_image else negative, output_type)
-        z = self.embed_image(images)
+        z = self.embed_for_decoder(images)
         if from_zero_image:
             negative = self.zero_image_embedding() if guidance_scale > 1 else None
         return self.decode_embeddings(
             z, negative=negative, steps=steps, guidance_scale=guidance_scale, width=width, height=height, seeds=seeds,
             output_type=output_type, on_step=on_step,
         )  # fmt: skip
+
+    def default_negative(self, *, reconstructing: bool = False) -> str:
+        """Name of what pictures are guided away from, as in the code of the decoder."""
+        if self._decoder_has_encoder:
+            return "black_image"
+        return "zero_image" if reconstructing else "null_prompt"
 
     def edit(
         self, images: Sequence, instructions: Sequence[str | Sequence[str]], *, seeds: Sequence[int] | None = None,
@@ -475,12 +528,22 @@ class Blip3oPipeline:
             raise InputError(f"noise has shape {tuple(noise.shape)}, expected {shape}.")
         return noise.to(self.device, torch.float32)
 
+    @property
+    def embedding_width(self) -> int:
+        """C of the embeddings that prompts become."""
+        return self.checkpoint.dit_config.in_channels
+
+    @property
+    def _decoder_has_encoder(self) -> bool:
+        return self.decoder_checkpoint is not None and self.decoder_checkpoint.has_encoder
+
     def _tokens(self, z: Tensor) -> Tensor:
-        width = self.checkpoint.dit_config.in_channels
+        width = self.decoder_checkpoint.embedding_width
         if z.ndim == 4 and z.shape[1] == width:
             z = z.flatten(2).transpose(1, 2)
         if z.ndim != 3 or z.shape[-1] != width:
-            raise InputError(f"an embedding has shape {tuple(z.shape)}, expected (batch, {width}, 8, 8) or (batch, 64, {width}).")
+            raise InputError(f"an embedding has shape {tuple(z.shape)}, expected (batch, {width}, 8, 8) or (batch, 64, {width}): "
+                             f"{self.decoder_checkpoint.reads}.")
         return z.to(self.device).contiguous()  # strides pick other kernels, which round differently
 
     def _decoding_defaults(
@@ -495,17 +558,18 @@ class Blip3oPipeline:
     ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown. Use one of {', '.join(OUTPUT_TYPES)}.")
-        if not isinstance(negative, Tensor) and negative not in (None, *NEGATIVES):
-            raise InputError(f"negative is {negative!r:.40}; pass an embedding, or one of {', '.join(NEGATIVES)}.")
         if self.decoder_checkpoint is None:
             SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
+        known = (self.default_negative(), "zeros")
+        if not isinstance(negative, Tensor) and negative not in (None, *known):
+            raise InputError(f"negative is {negative!r:.40}; pass an embedding, or one of {', '.join(known)}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_DECODER_STEPS:
             raise InputError(f"decoder steps={steps!r} is not an integer in 1..{MAX_DECODER_STEPS}.")
         _require_guidance(guidance_scale)
-        factor = self.decoder_checkpoint.factor
+        factor, least = self.decoder_checkpoint.factor, min(MIN_SIDE, self.drawing.width, self.drawing.height)
         for name, side in (("width", width), ("height", height)):
-            if not isinstance(side, int) or side % factor or not MIN_SIDE <= side <= MAX_SIDE:
-                raise InputError(f"{name}={side!r} is not a multiple of {factor} in {MIN_SIDE}..{MAX_SIDE} pixels.")
+            if not isinstance(side, int) or side % factor or not least <= side <= MAX_SIDE:
+                raise InputError(f"{name}={side!r} is not a multiple of {factor} in {least}..{MAX_SIDE} pixels.")
 
     def _finite(self, tensor: Tensor, what: str) -> Tensor:
         if not torch.isfinite(tensor).all():

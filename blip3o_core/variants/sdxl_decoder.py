@@ -66,10 +66,32 @@ class SdxlDecoderCheckpoint:
         require_matching("decoder's VAE", found / "vae", expected_shapes(checkpoint.empty_vae()), checkpoint.vae)
         return checkpoint
 
+    has_encoder = False
+    """Whether it brings the network that makes its embeddings."""
+
     @property
     def embedding_width(self) -> int:
         """C of the embeddings this decoder reads."""
         return self.unet_config["cross_attention_dim"]
+
+    @property
+    def reads(self) -> str:
+        """Which embeddings it understands, for messages."""
+        return f"this SDXL decoder draws EVA-CLIP embeddings of width {self.embedding_width}"
+
+    @property
+    def components(self) -> dict[str, dict[str, TensorEntry]]:
+        """What it consists of, under names for tables."""
+        return {"decoder_unet": self.unet, "decoder_vae": self.vae}
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet_config["in_channels"]
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Of DrawingDefaults, in place of the model's: none."""
+        return {}
 
     @property
     def factor(self) -> int:
