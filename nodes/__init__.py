@@ -5,7 +5,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .adapters.folders import register_folders
 from .conditioning import Blip3oEmbeddingToConditioning, Blip3oTextEncode
 from .embeddings import Blip3oEmbeddingPreview, Blip3oEmptyEmbedding, Blip3oImageEncode, Blip3oMixEmbeddings
-from .loaders import Blip3oCheckpointLoader, Blip3oSDXLDecoderLoader, Blip3oVisionEncoderLoader
+from .loaders import Blip3oCheckpointLoader, Blip3oSANADecoderLoader, Blip3oSDXLDecoderLoader, Blip3oVisionEncoderLoader
 from .lora import Blip3oLoraLoader
 from .sampling import Blip3oScheduler
 from .understanding import Blip3oAsk, Blip3oChat
@@ -29,6 +29,7 @@ class Blip3oExtension(ComfyExtension):
             Blip3oEmbeddingPreview,
             Blip3oScheduler,
             Blip3oSDXLDecoderLoader,
+            Blip3oSANADecoderLoader,
             Blip3oEmbeddingToConditioning,
             Blip3oAsk,
             Blip3oChat,

@@ -69,7 +69,7 @@ class Blip3oImageEncode(io.ComfyNode):
     @classmethod
     def execute(cls, vision_encoder, images) -> io.NodeOutput:
         embeddings = vision_encoder.embed(to_rgb_images(images, channels_last=True))
-        return io.NodeOutput({"samples": embeddings}, {"samples": vision_encoder.embed_zero_image()})
+        return io.NodeOutput({"samples": embeddings}, {"samples": vision_encoder.embed_null_image()})
 
 
 class Blip3oMixEmbeddings(io.ComfyNode):

@@ -2,10 +2,14 @@
 
 from comfy_api.v0_0_2 import io
 
+from ..blip3o_core.models.sana import POSITIONS, SCHEDULERS
 from ..blip3o_core.variants.blip3o import Blip3oCheckpoint
 from ..blip3o_core.variants.eva_clip import EvaClipCheckpoint
+from ..blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint, is_sana_decoder
 from ..blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .adapters import folders, io_types, loading
+
+AUTOMATIC = "automatic"
 
 
 class Blip3oCheckpointLoader(io.ComfyNode):
@@ -86,6 +90,55 @@ class Blip3oSDXLDecoderLoader(io.ComfyNode):
         return io.NodeOutput(loading.load_sdxl_unet(opened), loading.load_sdxl_vae(opened))
 
 
+class Blip3oSANADecoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Blip3oSANADecoderLoader",
+            display_name="Load BLIP3-o SANA Decoder",
+            category="BLIP3-o/loaders",
+            description="Opens a SigLIP2 + SANA decoder: a diffusion transformer that draws what a SigLIP2 embedding says, and its "
+            "autoencoder (DC-AE). Embeddings of the 4B and 8B models are EVA-CLIP's: those need the SDXL decoder.",
+            search_aliases=["BLIP3o SANA", "SigLIP2_SANA", "DC-AE"],
+            inputs=[
+                io.Combo.Input(
+                    "decoder",
+                    options=folders.list_sana_decoders(),
+                    tooltip="Folder under models/blip3o with config.json and model*.safetensors of SigLIP2_SANA or of the later "
+                    "reconstruction code.",
+                ),
+                io.Combo.Input(
+                    "positions", options=[AUTOMATIC, *POSITIONS], default=AUTOMATIC, advanced=True,
+                    tooltip="Position table of SANA, which the file doesn't tell: automatic takes sincos unless the configuration says "
+                    "otherwise. Try none if pictures come out scrambled.",
+                ),
+                io.Combo.Input(
+                    "scheduler", options=[AUTOMATIC, *SCHEDULERS], default=AUTOMATIC, advanced=True,
+                    tooltip="What the model's sigmas and timesteps are made for: automatic is dpmsolver++ for SigLIP2_SANA (shift 3, whole "
+                    "timesteps) and euler for the reconstruction code (no shift).",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="Connector and SANA; a native MODEL. Its conditioning comes from BLIP3-o Embedding to Conditioning, its "
+                    "sigmas from BLIP3-o Scheduler (stage: picture (SANA)).",
+                ),
+                io.Vae.Output(display_name="vae", tooltip="The DC-AE; a native VAE for VAE Decode and VAE Decode (Tiled)."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, decoder: str, positions: str = AUTOMATIC, scheduler: str = AUTOMATIC) -> str:
+        return folders.fingerprint(folders.resolve(decoder))
+
+    @classmethod
+    def execute(cls, decoder: str, positions: str = AUTOMATIC, scheduler: str = AUTOMATIC) -> io.NodeOutput:
+        chosen = {name: None if value == AUTOMATIC else value for name, value in (("positions", positions), ("scheduler", scheduler))}
+        opened = SanaDecoderCheckpoint.open(folders.resolve(decoder), **chosen)
+        return io.NodeOutput(loading.load_sana(opened), loading.load_dcae(opened))
+
+
 class Blip3oVisionEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,18 +146,19 @@ class Blip3oVisionEncoderLoader(io.ComfyNode):
             node_id="Blip3oVisionEncoderLoader",
             display_name="Load BLIP3-o Vision Encoder",
             category="BLIP3-o/loaders",
-            description="Opens the EVA-CLIP tower that turns a picture into the embedding that BLIP3-o samples and draws: for "
-            "reconstruction, variations and mixing. Asking about a picture does not need it.",
-            search_aliases=["EVA-CLIP", "BLIP3o CLIP vision", "gen_vision_tower"],
+            description="Opens the tower that turns a picture into an embedding: EVA-CLIP, whose embeddings BLIP3-o samples and the SDXL "
+            "decoder draws, or the SigLIP2 of a SANA decoder. For reconstruction, variations and mixing.",
+            search_aliases=["EVA-CLIP", "SigLIP2", "BLIP3o CLIP vision", "gen_vision_tower"],
             inputs=[
                 io.Combo.Input(
                     "vision_encoder",
                     options=folders.list_vision_encoders(),
-                    tooltip="A BLIP3-o checkpoint, which holds the tower (8.7 GB), the folder of its own repository "
-                    "(eva_clip_vision_tower) under models/blip3o, or a safetensors file in models/clip_vision.",
+                    tooltip="A BLIP3-o checkpoint, which holds EVA-CLIP (8.7 GB), the folder of its own repository "
+                    "(eva_clip_vision_tower) under models/blip3o, a safetensors file in models/clip_vision, or the folder of a SANA "
+                    "decoder.",
                 )
             ],
-            outputs=[io_types.VisionEncoder.Output(display_name="vision_encoder", tooltip="EVA-CLIP; for BLIP3-o Image Encode.")],
+            outputs=[io_types.VisionEncoder.Output(display_name="vision_encoder", tooltip="For BLIP3-o Image Encode.")],
         )
 
     @classmethod
@@ -114,5 +168,10 @@ class Blip3oVisionEncoderLoader(io.ComfyNode):
     @classmethod
     def execute(cls, vision_encoder: str) -> io.NodeOutput:
         path = folders.resolve_vision_encoder(vision_encoder)
-        source = Blip3oCheckpoint.open(path).vision_encoder_source() if folders.is_checkpoint(path) else EvaClipCheckpoint.open(path)
+        if is_sana_decoder(path):
+            source = SanaDecoderCheckpoint.open(path)
+        elif folders.is_checkpoint(path):
+            source = Blip3oCheckpoint.open(path).vision_encoder_source()
+        else:
+            source = EvaClipCheckpoint.open(path)
         return io.NodeOutput(loading.load_vision_encoder(source))

@@ -3,9 +3,10 @@
 from comfy_api.v0_0_2 import io
 
 from ..blip3o_core.sampling.discrete_euler import leading_sigmas
+from ..blip3o_core.sampling.dpm_solver import dpm_sigmas
 from ..blip3o_core.sampling.flow_matching import flow_sigmas
 
-EMBEDDING, PICTURE = "embedding", "picture"
+EMBEDDING, PICTURE, SANA_PICTURE = "embedding", "picture", "picture (SANA)"
 
 
 class Blip3oScheduler(io.ComfyNode):
@@ -20,9 +21,10 @@ class Blip3oScheduler(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "stage",
-                    options=[EMBEDDING, PICTURE],
+                    options=[EMBEDDING, PICTURE, SANA_PICTURE],
                     tooltip="embedding: for the BLIP3-o diffusion model (30 steps in the reference). "
-                    "picture: for the SDXL decoder (50 steps in the reference).",
+                    "picture: for the SDXL decoder (50 steps in the reference). picture (SANA): for the SANA decoder (30 steps), with "
+                    "SamplerDPMPP_2M_SDE (midpoint, eta 0) in place of euler.",
                 ),
                 io.Int.Input("steps", default=30, min=1, max=999, tooltip="Model calls of the sampler euler."),
                 io.Float.Input(
@@ -44,4 +46,6 @@ class Blip3oScheduler(io.ComfyNode):
             return io.NodeOutput(flow_sigmas(1)[:0])  # core's way to say: nothing to do
         if stage == EMBEDDING:
             return io.NodeOutput(flow_sigmas(steps, shift, denoise))
+        if stage == SANA_PICTURE:
+            return io.NodeOutput(dpm_sigmas(min(int(steps / denoise), 999))[-(steps + 1) :].float())
         return io.NodeOutput(leading_sigmas(min(int(steps / denoise), 999))[-(steps + 1) :])

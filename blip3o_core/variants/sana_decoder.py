@@ -178,6 +178,11 @@ class SanaDecoderCheckpoint:
         return self.configs["transformer"]["sample_size"] * self.factor
 
     @property
+    def flow_shift(self) -> float:
+        """Of the schedule of dpmsolver++."""
+        return float(self.configs["scheduler"].get("flow_shift", FLOW_SHIFT))
+
+    @property
     def encoder_config(self) -> Siglip2Config:
         config = self.configs["encoder"]
         return Siglip2Config(**{name: config[field] for field, name in _ENCODER_FIELDS.items()})
@@ -189,13 +194,19 @@ class SanaDecoderCheckpoint:
             dtype = torch.float32
         connector = self._fill(self.empty_connector(), "connector", dtype, device, on_load)
         transformer = self._fill(self.empty_transformer(), "transformer", dtype, device, on_load)
-        vae = self.empty_vae()
-        del vae.encoder
-        vae = self._fill(vae, "vae", dtype, device, on_load, without=VAE_ENCODER_PREFIX)
-        return SanaDecoder(connector, transformer, vae, scheduler=self.scheduler,
-                           flow_shift=float(self.configs["scheduler"].get("flow_shift", FLOW_SHIFT)))  # fmt: skip
+        vae = self.load_vae(dtype=dtype, device=device, on_load=on_load, encoder=False)
+        return SanaDecoder(connector, transformer, vae, scheduler=self.scheduler, flow_shift=self.flow_shift)
 
-    def load_encoder(self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> Siglip2:
+    def load_vae(
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, encoder: bool = True
+    ):
+        """diffusers' AutoencoderDC, with or without the half that encodes pictures."""
+        vae = self.empty_vae()
+        if not encoder:
+            del vae.encoder
+        return self._fill(vae, "vae", dtype, device, on_load, without="\0" if encoder else VAE_ENCODER_PREFIX)
+
+    def load_encoder(self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> Siglip2:
         """The SigLIP2 tower up to the state that is used. float16 becomes float32."""
         dtype = torch.float32 if dtype == torch.float16 else dtype
         encoder = self._fill(self.empty_encoder(), "encoder", dtype, device, on_load)

@@ -6,6 +6,7 @@ import folder_paths
 
 from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.variants.blip3o import NANO_FOLDER
+from ...blip3o_core.variants.sana_decoder import is_sana_decoder
 from ...blip3o_core.variants.sdxl_decoder import find_sdxl_decoder
 
 FOLDER_TYPE = "blip3o"
@@ -32,8 +33,14 @@ def list_sdxl_decoders() -> list[str]:
     return sorted(name for name, decoder in found.items() if found.get(PurePosixPath(name).parent.as_posix()) != decoder)
 
 
+def list_sana_decoders() -> list[str]:
+    """Folders whose config.json is that of a SigLIP2 + SANA decoder, sorted."""
+    return sorted(name for name, path in _candidates() if is_sana_decoder(path))
+
+
 def list_vision_encoders() -> list[str]:
-    """Folders that may hold an EVA-CLIP tower (a checkpoint, or the repository of the tower), and files in clip_vision, sorted."""
+    """Folders that may hold an EVA-CLIP tower (a checkpoint, or the repository of the tower) or a SANA decoder with its SigLIP2, and
+    files in clip_vision, sorted."""
     found = [name for name, path in _candidates() if any(path.glob("*.safetensors")) or (path / "pytorch_model.bin").is_file()]
     return sorted(found) + [CLIP_VISION + name for name in folder_paths.get_filename_list("clip_vision")]
 
@@ -69,9 +76,9 @@ def resolve(name: str) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder is a transformers checkpoint, not the EVA-CLIP tower alone: its config.json has no model type."""
+    """Whether the folder is a transformers checkpoint, not a SANA decoder nor the EVA-CLIP tower, whose config.json has no model type."""
     config = path / "config.json"
-    return config.is_file() and '"model_type"' in config.read_text("utf-8", errors="replace")
+    return not is_sana_decoder(path) and config.is_file() and '"model_type"' in config.read_text("utf-8", errors="replace")
 
 
 def fingerprint(folder: Path) -> str:

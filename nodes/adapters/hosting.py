@@ -12,12 +12,13 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
+from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 from PIL import Image
 from torch import Tensor, nn
 
-from ...blip3o_core.images import eva_pixel_values
+from ...blip3o_core.images import eva_pixel_values, siglip_pixel_values
 from ...blip3o_core.models.qwen2_5_vl import Backbone, VisionTower
-from ...blip3o_core.models.sdxl import vae_factor
+from ...blip3o_core.models.siglip2 import Siglip2
 from ...blip3o_core.pipelines.language import encode_prompts
 from ...blip3o_core.prompts import PromptTokenizer
 
@@ -28,10 +29,23 @@ HOST_LAYERS = {
     nn.Conv3d: comfy.ops.manual_cast.Conv3d,
     nn.GroupNorm: comfy.ops.manual_cast.GroupNorm,
     nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
+    nn.RMSNorm: comfy.ops.manual_cast.RMSNorm,
 }
 LoadPatcher = Callable[[], ModelPatcher]
+DECODE_BYTES = 2178  # activations per pixel in units of the dtype, as the host counts for its own autoencoder
 IMAGE_TOKENS = 1024  # room for one image in a prompt; the published size takes 256
 ACTIVATIONS_PER_TOKEN = 24  # peak activations of one decoder block in units of the hidden width, rounded up
+
+
+class BiasedRMSNorm(comfy.ops.manual_cast.RMSNorm):
+    """The host's has no bias; diffusers' may have one."""
+
+    def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps)
+        weight, bias = comfy.ops.cast_bias_weight(self, x)
+        normed = nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return normed if bias is None else normed + bias
 
 
 def use_host_layers(module: nn.Module) -> nn.Module:
@@ -39,6 +53,9 @@ def use_host_layers(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if type(layer) in HOST_LAYERS:
             layer.__class__ = HOST_LAYERS[type(layer)]
+        elif isinstance(layer, DiffusersRMSNorm):
+            layer.normalized_shape = tuple(layer.dim)
+            layer.__class__ = BiasedRMSNorm
         elif hasattr(layer, "variance_epsilon"):  # transformers' RMS norm, a class of its own per model
             layer.eps = layer.variance_epsilon
             layer.normalized_shape = tuple(layer.weight.shape)
@@ -140,21 +157,24 @@ class HostedBackbone:
 
 
 class HostedVisionEncoder:
-    """EVA-CLIP on its socket."""
+    """EVA-CLIP, or the SigLIP2 of a SANA decoder, on its socket."""
 
     def __init__(self, patcher: ModelPatcher) -> None:
         self.patcher = patcher
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Images -> embeddings (B, C, 8, 8) float32, one image at a time, on the host's intermediate device."""
-        config = self.patcher.model.config
-        pixels = eva_pixel_values(list(images), size=config.image_size)
-        return self._encode(pixels)
+        pixel_values = siglip_pixel_values if self._is_siglip else eva_pixel_values
+        return self._encode(pixel_values(list(images), size=self.patcher.model.config.image_size))
 
-    def embed_zero_image(self) -> Tensor:
-        """Embedding of the zero pixel tensor (1, C, 8, 8): the null of reconstruction."""
+    def embed_null_image(self) -> Tensor:
+        """What the decoder is guided away from (1, C, 8, 8): the zero pixel tensor, of SigLIP2 a black picture."""
         side = self.patcher.model.config.image_size
-        return self._encode(torch.zeros(1, 3, side, side))
+        return self._encode(torch.full((1, 3, side, side), -1.0 if self._is_siglip else 0.0))
+
+    @property
+    def _is_siglip(self) -> bool:
+        return isinstance(self.patcher.model, Siglip2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         device = self.patcher.load_device
@@ -170,7 +190,7 @@ class HostedVisionEncoder:
 
 
 class HostedAutoencoder(nn.Module):
-    """diffusers' AutoencoderKL with the two calls that the host's VAE makes; latents are unscaled on both sides."""
+    """diffusers' AutoencoderKL or AutoencoderDC with the two calls that the host's VAE makes; latents are unscaled on both sides."""
 
     def __init__(self, autoencoder) -> None:
         super().__init__()
@@ -180,11 +200,14 @@ class HostedAutoencoder(nn.Module):
         return self.autoencoder.decode(latents).sample
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.autoencoder.encode(pixels).latent_dist.mode()
+        encoded = self.autoencoder.encode(pixels)
+        return encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
 
 
-def host_vae(autoencoder) -> comfy.sd.VAE:
-    """A native VAE around diffusers' AutoencoderKL of any size (core's own has its group count built in).
+def host_vae(autoencoder, *, factor: int) -> comfy.sd.VAE:
+    """A native VAE around a diffusers autoencoder of any size (core's own has its group count built in, and there is no DC-AE in core).
+
+    factor: pixels per latent cell, along each axis.
 
     `comfy.sd.VAE` builds its network itself, so it gets a throw-away one of a few kilobytes and then ours in its place.
     """
@@ -196,7 +219,8 @@ def host_vae(autoencoder) -> comfy.sd.VAE:
     vae.patcher = comfy.model_patcher.CoreModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=model_management.vae_offload_device()
     )
-    vae.downscale_ratio = vae.upscale_ratio = vae_factor(autoencoder.config)
+    vae.downscale_ratio = vae.upscale_ratio = factor
+    vae.memory_used_decode = lambda shape, dtype: DECODE_BYTES * shape[2] * shape[3] * factor**2 * dtype.itemsize
     vae.latent_channels = autoencoder.config.latent_channels
     vae.size = None
     vae.model_size()

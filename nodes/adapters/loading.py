@@ -17,9 +17,10 @@ from ...blip3o_core.checkpoint.shards import TensorEntry, read_tensor
 from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.variants.blip3o import Blip3oCheckpoint
 from ...blip3o_core.variants.eva_clip import EvaClipCheckpoint
+from ...blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint
 from ...blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .hosting import HostedBackbone, HostedVisionEncoder, Origin, host_vae, use_host_layers
-from .model_configs import NextDiTModelConfig, SdxlDecoderModelConfig
+from .model_configs import NextDiTModelConfig, SanaDecoderModelConfig, SdxlDecoderModelConfig
 from .progress import LoadProgress
 
 
@@ -37,9 +38,10 @@ def load_backbone(checkpoint: Blip3oCheckpoint) -> HostedBackbone:
     return HostedBackbone(patcher, checkpoint.tokenizer, load_vision, load_head, _origin(checkpoint), checkpoint.image_side)
 
 
-def load_vision_encoder(source: EvaClipCheckpoint) -> HostedVisionEncoder:
-    """EVA-CLIP as stored; runs where the host runs diffusion models."""
-    encoder = use_host_layers(source.load(dtype=None, on_load=LoadProgress()))
+def load_vision_encoder(source: EvaClipCheckpoint | SanaDecoderCheckpoint) -> HostedVisionEncoder:
+    """EVA-CLIP, or the SigLIP2 of a SANA decoder, as stored; runs where the host runs diffusion models."""
+    load = source.load_encoder if isinstance(source, SanaDecoderCheckpoint) else source.load
+    encoder = use_host_layers(load(dtype=None, on_load=LoadProgress()))
     return HostedVisionEncoder(_patcher_class(False)(
         encoder, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()
     ))  # fmt: skip
@@ -99,7 +101,26 @@ def load_sdxl_vae(checkpoint: SdxlDecoderCheckpoint) -> comfy.sd.VAE:
     dtype = model_management.vae_dtype(model_management.vae_device(), [torch.bfloat16, torch.float32])
     autoencoder = fill(checkpoint.empty_vae(), checkpoint.vae, component="decoder's VAE", source=checkpoint.folder / "vae",
                        dtype=dtype, on_load=LoadProgress())  # fmt: skip
-    return host_vae(autoencoder)
+    return host_vae(autoencoder, factor=checkpoint.factor)
+
+
+def load_sana(checkpoint: SanaDecoderCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
+    """Connector and transformer as a native MODEL."""
+    parts = ("connector", "transformer")
+    weights = _read({f"{part}.{name}": entry for part in parts for name, entry in checkpoint.parts[part].items()})
+    patcher = _load_diffusion_model(SanaDecoderModelConfig(checkpoint), weights, disable_dynamic)
+    patcher.cached_patcher_init = (_reload_sana, (checkpoint.folder, checkpoint.positions, checkpoint.scheduler))
+    return patcher
+
+
+def _reload_sana(folder: Path, positions: str, scheduler: str, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_sana(SanaDecoderCheckpoint.open(folder, positions=positions, scheduler=scheduler), disable_dynamic)
+
+
+def load_dcae(checkpoint: SanaDecoderCheckpoint) -> comfy.sd.VAE:
+    """The SANA decoder's autoencoder as a native VAE, never in float16."""
+    dtype = model_management.vae_dtype(model_management.vae_device(), [torch.bfloat16, torch.float32])
+    return host_vae(checkpoint.load_vae(dtype=dtype, on_load=LoadProgress()), factor=checkpoint.factor)
 
 
 def _load_diffusion_model(config: BASE, weights: dict[str, torch.Tensor], disable_dynamic: bool) -> ModelPatcher:
@@ -111,9 +132,12 @@ def _load_diffusion_model(config: BASE, weights: dict[str, torch.Tensor], disabl
     config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, load_device, supported))
     model = config.get_model(weights)
     patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
-    if not model_management.is_device_cpu(offload_device):
+    if config.builds_empty:  # an empty network takes the tensors themselves; it has no place to copy them to
+        for name, tensor in weights.items():
+            weights[name] = tensor.to(offload_device, dtype)
+    elif not model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    model.load_model_weights(weights, "", assign=bool(config.builds_empty) or patcher.is_dynamic())
     return patcher
 
 

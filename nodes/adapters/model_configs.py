@@ -11,8 +11,10 @@ from comfy import latent_formats, model_base, supported_models, supported_models
 from ...blip3o_core.errors import CheckpointError
 from ...blip3o_core.models.nextdit import NextDiTConfig
 from ...blip3o_core.models.sdxl import vae_factor
+from ...blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint
 from .diffusion_models import FlowModel, SdxlDecoderModel
-from .latent_formats import ClipEmbedding
+from .latent_formats import ClipEmbedding, DcaeLatent
+from .sana import SanaDecoderModel
 
 HOST_GROUPS = 32  # group count that the host's UNet has built in
 
@@ -67,6 +69,36 @@ class SdxlDecoderModelConfig(supported_models.SDXL):
 
     def get_model(self, state_dict, prefix="", device=None) -> SdxlDecoderModel:
         return SdxlDecoderModel(self, device=device)
+
+
+class SanaDecoderModelConfig(supported_models_base.BASE):
+    """The stage that turns SigLIP2 embeddings into latents of the DC-AE."""
+
+    unet_config = {}
+    unet_extra_config = {}
+    latent_format = DcaeLatent
+    memory_usage_factor = 4.0
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # float16 overflows
+    builds_empty = True  # weights are assigned, not copied
+
+    def __init__(self, checkpoint: SanaDecoderCheckpoint) -> None:
+        super().__init__({"make_connector": checkpoint.empty_connector, "make_transformer": checkpoint.empty_transformer})
+        dpm = checkpoint.scheduler == "dpmsolver++"
+        self.sampling_settings = {"shift": checkpoint.flow_shift if dpm else 1.0, "multiplier": 1000}
+        self.truncates = dpm
+        self.latent_format = DcaeLatent()
+        self.latent_format.latent_channels = checkpoint.latent_channels
+        self.latent_format.scale_factor = checkpoint.configs["vae"]["scaling_factor"]
+        self.latent_format.spacial_downscale_ratio = checkpoint.factor
+
+    def model_type(self, state_dict, prefix=""):
+        return model_base.ModelType.FLOW
+
+    def inpaint_model(self) -> bool:
+        return False
+
+    def get_model(self, state_dict, prefix="", device=None) -> SanaDecoderModel:
+        return SanaDecoderModel(self, device=device)
 
 
 def with_group_count(operations, groups: int):

@@ -7,12 +7,19 @@ from typing import Any
 from .hosts import REPOSITORY
 
 TINY, EVA = "tiny", "eva"
+SANA = "reconstruction_sana"
+"""The graph that needs a decoder which is neither in nano nor in the tiny checkpoint; test_sana.py runs it."""
 SIDE = 64
 FEW_STEPS, FEW_TOKENS = 3, 8
 LOADER, PROMPT, EMBEDDING, DECODER, CONDITIONING, SIZE, PICTURE = "1", "2", "6", "10", "11", "12", "14"
 SCHEDULE, PICTURE_SCHEDULE = "4", "13"
 
 Graph = dict[str, dict[str, Any]]
+
+
+def names() -> list[str]:
+    """Of all shipped graphs but SANA."""
+    return sorted(file.stem for file in (REPOSITORY / "workflows" / "api").glob("*.json") if file.stem != SANA)
 
 
 def shipped(name: str = "text_to_image") -> Graph:

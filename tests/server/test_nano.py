@@ -15,7 +15,7 @@ from . import graphs
 from .comfy_server import ComfyServer
 from .hosts import REPOSITORY
 
-NAMES = sorted(file.stem for file in (REPOSITORY / "workflows" / "api").glob("*.json"))
+NAMES = graphs.names()
 SCENE = Scene((Object("circle", "red", "large", (0.3, 0.4)), Object("square", "blue", "large", (0.7, 0.6))), "white")
 
 

@@ -20,10 +20,9 @@ from ..unit.lora_samples import random_lora
 from . import graphs
 from .comfy_server import ComfyServer, PromptRejected, Result
 from .conftest import DATA
-from .hosts import REPOSITORY
 from .test_text_to_image import as_tensor, interrupted_run
 
-NAMES = sorted(file.stem for file in (REPOSITORY / "workflows" / "api").glob("*.json"))
+NAMES = graphs.names()
 SAMPLING = {"steps": graphs.FEW_STEPS, "decoder_steps": graphs.FEW_STEPS, "width": graphs.SIDE, "height": graphs.SIDE}
 ASK_PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 1280 * 28 * 28}  # what Ask and Chat are set to
 
