@@ -61,26 +61,29 @@ class NextDiTConfig:
 
 @dataclass(frozen=True)
 class Condition:
-    """What all sampling steps share for one batch of query states."""
+    """What all sampling steps share for one batch of query states. The first n of B rows may be the null condition."""
 
     pooled: Tensor  # (B, T) caption part of the modulation vector
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # per layer (B, H, L, D / H) twice
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # per layer, of the other rows: (B - n, H, L, D / H) twice
+    null_values: tuple[Tensor, ...] | None = None  # per layer, of the null rows: (n, H, 1, D / H), what their cross-attention gives
 
-    @staticmethod
-    def cat(conditions: list["Condition"]) -> "Condition":
-        """One condition for the concatenated batch, in the order given."""
-        layers = zip(*(condition.keys_values for condition in conditions), strict=True)
+    def after_null(self, null: "NullCondition") -> "Condition":
+        """The doubled batch of guidance: as many null rows, then these."""
+        rows = len(self.pooled)
         return Condition(
-            pooled=torch.cat([condition.pooled for condition in conditions]),
-            keys_values=tuple(tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in layers),
+            pooled=torch.cat((null.pooled.expand(rows, -1), self.pooled)),
+            keys_values=self.keys_values,
+            null_values=tuple(values.expand(rows, -1, -1, -1) for values in null.values),
         )
 
-    def expand(self, batch: int) -> "Condition":
-        """The same condition for every one of `batch` rows, without a copy; needs a batch of 1."""
-        return Condition(
-            pooled=self.pooled.expand(batch, -1),
-            keys_values=tuple((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.keys_values),
-        )
+
+@dataclass(frozen=True)
+class NullCondition:
+    """What is left of a condition whose query states are all zero. All of its tokens are the same, so attention to them, whatever the
+    queries, gives the values of one."""
+
+    pooled: Tensor  # (1, T)
+    values: tuple[Tensor, ...]  # per layer (1, H, 1, D / H)
 
 
 RunLayer = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -116,6 +119,14 @@ class NextDiT(nn.Module):
             keys_values=tuple(layer.encode_context(caption) for layer in self.layers),
         )
 
+    def encode_null(self, like: Tensor) -> NullCondition:
+        """The condition of zeros in place of query states; `like` says device and dtype."""
+        caption = self.caption_projection(like.new_zeros(1, 1, self.config.context_dim))
+        return NullCondition(
+            pooled=self.time_caption_embed.caption(caption),
+            values=tuple(layer.encode_context(caption)[1] for layer in self.layers),
+        )
+
     def denoise(
         self, x: Tensor, timestep: Tensor, condition: Condition, *, attend: Attend = attend, run_layer: RunLayer | None = None
     ) -> Tensor:
@@ -124,10 +135,11 @@ class NextDiT(nn.Module):
         rope = rope_2d(height, width, self.config.dim // self.config.num_heads, x.device)
         modulation = F.silu(self.time_caption_embed.timestep(timestep, x.dtype) + condition.pooled)  # (B, T)
         hidden = self.patch_embedder(x.flatten(2).transpose(1, 2))  # (B, N, D)
-        for index, (layer, keys_values) in enumerate(zip(self.layers, condition.keys_values, strict=True)):
+        null_values = condition.null_values or [None] * len(self.layers)
+        for index, (layer, *context) in enumerate(zip(self.layers, condition.keys_values, null_values, strict=True)):
 
-            def run(h: Tensor, layer: NextDiTBlock = layer, keys_values: tuple[Tensor, Tensor] = keys_values) -> Tensor:
-                return layer(h, keys_values, modulation, rope, attend)
+            def run(h: Tensor, layer: NextDiTBlock = layer, context: list = context) -> Tensor:
+                return layer(h, *context, modulation, rope, attend)
 
             hidden = run(hidden) if run_layer is None else run_layer(index, run, hidden)
         velocity = self.norm_out(hidden, modulation)  # (B, N, C)
@@ -213,12 +225,19 @@ class NextDiTBlock(nn.Module):
         return self.attn2.keys_values(self.norm1_context(caption), rope=None)
 
     def forward(
-        self, hidden: Tensor, context: tuple[Tensor, Tensor], modulation: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
-        """hidden (B, N, D), context as from `encode_context`, modulation (B, T) after silu -> (B, N, D)."""
+        self, hidden: Tensor, context: tuple[Tensor, Tensor], null_values: Tensor | None, modulation: Tensor,
+        rope: tuple[Tensor, Tensor], attend: Attend,
+    ) -> Tensor:  # fmt: skip
+        """hidden (B, N, D), context as from `encode_context`, modulation (B, T) after silu -> (B, N, D).
+
+        null_values: (n, H, 1, D / H) of the first n rows, which `context` leaves out.
+        """
         normed, attention_gate, ffn_scale, ffn_gate = self.norm1(hidden, modulation)
         own = attend(self.attn1.queries(normed, rope), *self.attn1.keys_values(normed, rope))  # (B, H, N, D / H)
-        cross = attend(self.attn2.queries(normed, rope), *context)  # (B, H, N, D / H)
+        nulls = 0 if null_values is None else len(null_values)
+        cross = attend(self.attn2.queries(normed[nulls:], rope), *context)  # (B - n, H, N, D / H)
+        if nulls:
+            cross = torch.cat((null_values.expand(-1, -1, cross.shape[2], -1), cross))
         gate = self.gate.to(device=hidden.device, dtype=hidden.dtype).tanh()[:, None, None]
         mixed = self.attn2.output(own + gate * cross)  # (B, N, D)
         hidden = hidden + attention_gate.tanh() * self.norm2(mixed)

@@ -18,7 +18,7 @@ from ..errors import Blip3oError, InputError
 from ..images import eva_pixel_values, siglip_pixel_values, to_rgb_images
 from ..lora.chosen import ChosenLora, open_loras
 from ..models.eva_clip import EMBEDDING_GRID, EvaClip
-from ..models.nextdit import Condition, NextDiT
+from ..models.nextdit import NextDiT
 from ..models.qwen2_5_vl import Backbone, VisionTower
 from ..models.sana import SanaDecoder
 from ..models.sdxl import SdxlDecoder
@@ -499,11 +499,11 @@ class Blip3oPipeline:
 
     def _guided_velocity(self, q: Tensor, guidance_scale: float, truncate: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity the solvers integrate. Conditions are projected here, once for all steps."""
-        dit, batch = self.dit, len(q)
+        dit = self.dit
         guided = guidance_scale != 1
         condition = dit.encode_condition(q)
         if guided:  # the reference puts the null branch first
-            condition = Condition.cat([dit.encode_condition(torch.zeros_like(q[:1])).expand(batch), condition])
+            condition = condition.after_null(dit.encode_null(q))
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             x = x.to(self.dtype)
