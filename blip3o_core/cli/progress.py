@@ -31,6 +31,10 @@ class ProgressBars:
         """Things of a list, as pictures of a folder."""
         self._advance(name, done, total, unit="picture")
 
+    def on_round(self, name: str, done: int, total: int) -> None:
+        """Rounds of a measurement."""
+        self._advance(name, done, total, unit="round")
+
     def write(self, line: str) -> None:
         """A result, on stdout."""
         self.close()

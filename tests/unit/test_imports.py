@@ -28,11 +28,12 @@ ALLOWED = {
     "lora": {"models", "checkpoint", "variants"},
     "shapes": {"presets"},
     "evaluate": {"pipelines", "shapes", "images", "sheets"},
+    "bench": {"pipelines", "models", "sampling"},
     "nano": {"evaluate", "pipelines", "models", "checkpoint", "variants", "prompts", "presets", "sampling", "shapes", "train"},
     "data": {"prompts", "images", "models"},
     "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
     "train": {"sheets", "data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
-    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train", "evaluate", "nano"},
+    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train", "evaluate", "nano", "bench"},
 }
 
 

@@ -1,0 +1,1 @@
+"""How fast each stage is, against a plain baseline in the same run."""
