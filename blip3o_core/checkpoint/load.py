@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import CheckpointError
 from .report import require_matching
 from .shards import TensorEntry, read_tensor
+from .streaming import stream_layers
 
 OnLoad = Callable[[str, int, int], None]
 """(component, bytes read, bytes in all), called after each tensor."""
@@ -24,16 +25,20 @@ def expected_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def fill(
     module: Module, entries: Mapping[str, TensorEntry], *, component: str, source: Path, dtype: torch.dtype | None,
-    device: torch.device | str = "cpu", on_load: OnLoad | None = None,
+    device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False,
 ) -> Module:  # fmt: skip
     """Replaces every meta parameter of `module` by its tensor, in `dtype` (None: as stored) on `device`; returns it frozen, in eval mode.
 
     Args:
         module: built under `torch.device("meta")`; its state-dict names are the keys of `entries`.
         component, source: how messages call the network and where its tensors come from.
+        stream: large weights are not read now, but by each layer when it runs.
     Raises: CheckpointError before anything is read if names or shapes differ, and at the first tensor that is not finite.
     """
     require_matching(component, source, expected_shapes(module), entries)
+    if stream:
+        streamed = set(stream_layers(module, entries, dtype=dtype, device=torch.device(device)))
+        entries = {name: entry for name, entry in entries.items() if name not in streamed}
     total = sum(entry.nbytes for entry in entries.values())
     done = 0
     for name, entry in entries.items():

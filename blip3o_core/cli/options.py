@@ -24,6 +24,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) 
                         "package)")  # fmt: skip
     parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder: SDXL, or SigLIP2 + SANA, which "
                         "only reconstructs (default: diffusion-decoder/ of the model)")  # fmt: skip
+    parser.add_argument("--offload", default="auto", choices=("auto", "none", "stage", "layer"), help="what is in memory at once: none "
+                        "keeps all networks, stage those of one stage, layer one layer at a time, which is slow; auto looks at the free "
+                        "memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sana-positions", choices=("sincos", "none"), help="position table of a SANA decoder; the file doesn't say which "
                         "(default: sincos)")  # fmt: skip
     parser.add_argument("--decoder-scheduler", choices=("dpmsolver++", "euler"), help="of a SANA decoder (default: that of its layout)")
@@ -97,7 +100,7 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
     return Blip3oPipeline.from_pretrained(
         chosen_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
         loras=args.lora, allow_other_base=args.lora_any_base, sana_positions=args.sana_positions,
-        decoder_scheduler=args.decoder_scheduler, on_load=bars.on_load,
+        decoder_scheduler=args.decoder_scheduler, offload=args.offload, on_load=bars.on_load,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ B batch, Q = 64 queries, H width of the backbone, C width of a CLIP embedding (1
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,7 @@ from ..variants.sdxl_decoder import SdxlDecoderCheckpoint, find_sdxl_decoder
 from .chat import MAX_NEW_TOKENS, Chat, OnToken, some_rgb_images
 from .edit import DrawingChat, edit, vary
 from .language import TRAINED_SIZE, encode_prompts
+from .residency import OFFLOADS, STAGES, choose, free_memory, others, require_offload, weight_bytes
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed
@@ -52,13 +54,14 @@ class Blip3oPipeline:
         self, checkpoint: Blip3oCheckpoint, decoder_checkpoint: DecoderCheckpoint | None, *, device: torch.device,
         dtype: torch.dtype, vision_source: EvaClipCheckpoint | None = None, on_load: OnLoad | None = None,
         loras: Sequence[ChosenLora] = (), backbone: Backbone | None = None, dit: NextDiT | None = None,
-        decoder_network: SdxlDecoder | SanaDecoder | None = None, vision_tower: VisionTower | None = None,
+        decoder_network: SdxlDecoder | SanaDecoder | None = None, vision_tower: VisionTower | None = None, offload: str | None = "none",
     ) -> None:  # fmt: skip
         """Most callers want `from_pretrained`.
 
         Args:
             loras: as from `open_loras`; merged into networks that are loaded here.
-            backbone, dit, decoder_network, vision_tower: networks that the caller already has, used as they are.
+            backbone, dit, decoder_network, vision_tower: networks that the caller already has, used as they are and never freed.
+            offload: of OFFLOADS; None or "auto" chooses by the free memory of the device.
         """
         self.checkpoint = checkpoint
         self.decoder_checkpoint = decoder_checkpoint
@@ -75,13 +78,16 @@ class Blip3oPipeline:
         self._decoder = decoder_network
         self._decoder_encoder: Siglip2 | None = None
         self._null_embeddings: dict[tuple, Tensor] = {}
+        self._null_states: Tensor | None = None
+        self._given = {name for name in (*itertools.chain(*STAGES.values()),) if getattr(self, f"_{name}") is not None}
+        self.offload = self._chosen_offload(offload)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
         decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *,
         loras: Sequence[tuple[str | Path, float]] = (), allow_other_base: bool = False, sana_positions: str | None = None,
-        decoder_scheduler: str | None = None, on_load: OnLoad | None = None,
+        decoder_scheduler: str | None = None, offload: str | None = "auto", on_load: OnLoad | None = None,
     ) -> "Blip3oPipeline":  # fmt: skip
         """Opens a checkpoint folder of the published layout. Only local files are read.
 
@@ -95,6 +101,8 @@ class Blip3oPipeline:
             loras: (file, strength) pairs, added to the weights in this order when those are loaded.
             allow_other_base: take LoRAs that say they were trained on another base; layers and shapes must fit anyway.
             sana_positions, decoder_scheduler: switches of a SANA decoder, see `SanaDecoderCheckpoint.open`.
+            offload: which networks are in memory at once: "none" (all that were needed), "stage" (those of one stage), "layer" (one
+                layer at a time); "auto" takes the first that fits into the free memory of the device.
             on_load: (component, bytes read, bytes in all) while weights are loaded.
         Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings; InputError
             if a LoRA is for another base.
@@ -116,7 +124,7 @@ class Blip3oPipeline:
             _require_width(vision_source, checkpoint)
         opened = open_loras(checkpoint, loras, allow_other_base=allow_other_base)
         return cls(checkpoint, decoder_checkpoint, device=device, dtype=resolve_dtype(dtype, device), vision_source=vision_source,
-                   on_load=on_load, loras=opened)  # fmt: skip
+                   on_load=on_load, loras=opened, offload=offload)  # fmt: skip
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -137,8 +145,9 @@ class Blip3oPipeline:
     @property
     def backbone(self) -> Backbone:
         """Language backbone and learned queries."""
+        self._enter("backbone")
         if self._backbone is None:
-            backbone = self.checkpoint.load_backbone(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            backbone = self.checkpoint.load_backbone(**self._placement)
             for lora in self._loras:
                 lora.merge_backbone(backbone)
             self._backbone = backbone
@@ -147,17 +156,17 @@ class Blip3oPipeline:
     @property
     def vision_tower(self) -> VisionTower:
         """The backbone's own eyes: images inside prompts. Not the encoder of embeddings."""
+        self._enter("vision_tower")
         if self._vision_tower is None:
-            self._vision_tower = self.checkpoint.load_vision_tower(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            self._vision_tower = self.checkpoint.load_vision_tower(**self._placement)
         return self._vision_tower
 
     @property
     def output_head(self) -> nn.Module:
         """States -> logits, for text."""
+        self._enter("output_head")
         if self._output_head is None:
-            self._output_head = self.checkpoint.load_output_head(
-                self.backbone, dtype=self.dtype, device=self.device, on_load=self._on_load
-            )
+            self._output_head = self.checkpoint.load_output_head(self.backbone, **self._placement)
         return self._output_head
 
     @property
@@ -166,9 +175,9 @@ class Blip3oPipeline:
 
         Raises CheckpointError if neither `vision_encoder=` nor the checkpoint has one.
         """
+        self._enter("vision_encoder")
         if self._vision_encoder is None:
-            source = self.require_vision_encoder()
-            self._vision_encoder = source.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            self._vision_encoder = self.require_vision_encoder().load(**self._placement)
         return self._vision_encoder
 
     def require_vision_encoder(self) -> EvaClipCheckpoint:
@@ -181,8 +190,9 @@ class Blip3oPipeline:
     @property
     def dit(self) -> NextDiT:
         """The diffusion transformer: `dit(x (B, C, 8, 8), timestep (B,) in 0..1000, q (B, Q, H))` -> velocity."""
+        self._enter("dit")
         if self._dit is None:
-            dit = self.checkpoint.load_dit(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            dit = self.checkpoint.load_dit(**self._placement)
             for lora in self._loras:
                 lora.merge_dit(dit)
             self._dit = dit
@@ -191,18 +201,52 @@ class Blip3oPipeline:
     @property
     def decoder(self) -> SdxlDecoder | SanaDecoder:
         """Its diffusion network, autoencoder and schedule. Raises CheckpointError if the folder came without a decoder."""
+        self._enter("decoder")
         if self._decoder is None:
             if self.decoder_checkpoint is None:
                 SdxlDecoderCheckpoint.open(self.checkpoint.folder)  # raises, and says what to do
-            self._decoder = self.decoder_checkpoint.load(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            self._decoder = self.decoder_checkpoint.load(**self._placement)
         return self._decoder
 
     @property
     def decoder_encoder(self) -> Siglip2:
         """The encoder that a SANA decoder brings: `decoder_encoder(pixel_values (B, 3, 512, 512))` -> embeddings (B, 1152, 8, 8)."""
+        self._enter("decoder_encoder")
         if self._decoder_encoder is None:
-            self._decoder_encoder = self.decoder_checkpoint.load_encoder(dtype=self.dtype, device=self.device, on_load=self._on_load)
+            self._decoder_encoder = self.decoder_checkpoint.load_encoder(**self._placement)
         return self._decoder_encoder
+
+    @property
+    def _placement(self) -> dict:
+        """How networks are loaded."""
+        return {"dtype": self.dtype, "device": self.device, "on_load": self._on_load, "stream": self.offload == "layer"}
+
+    def _enter(self, network: str) -> None:
+        """Frees the networks of the other stages if only one stage may be in memory."""
+        if self.offload == "stage":
+            freed = [name for name in others(network) if name not in self._given and getattr(self, f"_{name}") is not None]
+            for name in freed:
+                setattr(self, f"_{name}", None)
+            if freed and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _chosen_offload(self, offload: str | None) -> str:
+        require_offload(offload)
+        if offload in OFFLOADS:
+            chosen = offload
+        else:
+            components = self.checkpoint.components
+            decoder = {} if self.decoder_checkpoint is None else self.decoder_checkpoint.components
+            chosen = choose({
+                "language": sum(weight_bytes(components[name], self.dtype) for name in ("language_model", "queries")),
+                "embedding": weight_bytes(components["dit"], self.dtype),
+                "picture": sum(weight_bytes(entries, self.dtype) for entries in decoder.values()),
+            }, free_memory(self.device))  # fmt: skip
+            chosen = "stage" if chosen == "layer" and self._loras else chosen
+        if chosen == "layer" and self._loras:
+            raise InputError("offload \"layer\" reads weights from the files and can't add a LoRA to them. Use stage, or write a merged "
+                             "model first: blip3o lora merge.")
+        return chosen
 
     @torch.inference_mode()
     def encode_prompt(
@@ -277,10 +321,16 @@ class Blip3oPipeline:
         key = (seed, steps, guidance_scale)
         if key not in self._null_embeddings:
             self._null_embeddings[key] = self.sample_embeddings(
-                self.encode_prompt([NULL_PROMPT], template=False), steps=steps, guidance_scale=guidance_scale, seeds=[seed],
+                self._null_query_states(), steps=steps, guidance_scale=guidance_scale, seeds=[seed],
                 on_step=on_step, stage="null embedding",
             )  # fmt: skip
         return self._null_embeddings[key]
+
+    def _null_query_states(self) -> Tensor:
+        """Of the null prompt (1, Q, H), encoded once."""
+        if self._null_states is None:
+            self._null_states = self.encode_prompt([NULL_PROMPT], template=False)
+        return self._null_states
 
     @torch.inference_mode()
     def decode_embeddings(
@@ -347,8 +397,14 @@ class Blip3oPipeline:
         self.check_generate(prompts, seeds=seeds, width=width, height=height, steps=steps, guidance_scale=guidance_scale,
                             solver=solver, decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale,
                             negative=negative, template=template, output_type=output_type)  # fmt: skip
-        z = self.sample_embeddings(self.encode_prompt(prompts, template=template), steps=steps, guidance_scale=guidance_scale,
-                                   solver=solver, seeds=seeds, on_step=on_step)  # fmt: skip
+        q = self.encode_prompt(prompts, template=template)
+        from_null_prompt = negative is None or isinstance(negative, str) and negative == "null_prompt"
+        needs_null = from_null_prompt and _default(decoder_guidance_scale, self.drawing.decoder_guidance_scale) > 1
+        if needs_null and not self._null_embeddings:  # while the backbone is there
+            self._null_query_states()
+        z = self.sample_embeddings(q, steps=steps, guidance_scale=guidance_scale, solver=solver, seeds=seeds, on_step=on_step)
+        if needs_null:  # while the DiT is there
+            self.null_embedding(on_step=on_step)
         return self.decode_embeddings(z, negative=negative, steps=decoder_steps, guidance_scale=decoder_guidance_scale,
                                       width=width, height=height, seeds=seeds, output_type=output_type, on_step=on_step)  # fmt: skip
 

@@ -168,16 +168,18 @@ class Blip3oCheckpoint:
         return digest.hexdigest()[:16]
 
     def load_backbone(
-        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None,
+        stream: bool = False,
     ) -> Backbone:
         """Language model without output head, and the queries; nothing else is read."""
         encoder = fill(self._empty_backbone(), self._backbone_entries, component="language backbone", source=self.folder,
-                       dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+                       dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         encoder.rebuild_rotary_table()
         return encoder
 
     def load_vision_tower(
-        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None,
+        stream: bool = False,
     ) -> VisionTower:
         """The understanding encoder. Raises CheckpointError if the shards were saved without it."""
         if not self.components["vision_tower"]:
@@ -185,12 +187,13 @@ class Blip3oCheckpoint:
                                   "Download the complete BLIP3-o repository.")
         tower = VisionTower.empty(vision_config(self.config, self.folder / "config.json"))
         fill(tower, self.components["vision_tower"], component="vision tower", source=self.folder,
-             dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+             dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         tower.rebuild_rotary_table()
         return tower
 
     def load_output_head(
-        self, backbone: Backbone, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, backbone: Backbone, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None,
+        stream: bool = False,
     ) -> nn.Module:
         """States -> logits. Models with tied embeddings share the matrix of `backbone`; nothing is read then.
 
@@ -200,16 +203,18 @@ class Blip3oCheckpoint:
             with torch.device("meta"):
                 head = nn.Linear(self.text_config.hidden_size, self.text_config.vocab_size, bias=False)
             return fill(head, self.components["output_head"], component="output head", source=self.folder,
-                        dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+                        dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         if not self.config.get("tie_word_embeddings", False):
             raise CheckpointError(f"{self.folder}: the shards hold no lm_head.weight, which this model needs to write text. "
                                   "Download the complete BLIP3-o repository.")
         return TiedHead(backbone)
 
-    def load_dit(self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> NextDiT:
+    def load_dit(
+        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
+    ) -> NextDiT:
         """The diffusion transformer alone."""
         dit = fill(self._empty_dit(), self.components["dit"], component="diffusion transformer", source=self.folder,
-                   dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+                   dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         dit.dtype = dtype
         return dit
 

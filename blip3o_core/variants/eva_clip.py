@@ -80,15 +80,16 @@ class EvaClipCheckpoint:
         return cls(source, config, dict(entries))
 
     def load(
-        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
     ) -> EvaClip:
-        """The tower in `dtype` (None: as stored) on `device`, frozen and in eval mode.
+        """The tower in `dtype` (None: as stored) on `device`, frozen and in eval mode. A pickle can't be streamed and is loaded whole.
 
         Tensors are mapped, and converted one by one where needed.
         """
         model = _empty(self.config)
         if self.pickle_file is None:
-            fill(model, self.entries, component=COMPONENT, source=self.source, dtype=dtype, device=device, on_load=on_load)
+            fill(model, self.entries, component=COMPONENT, source=self.source, dtype=dtype, device=device, on_load=on_load,
+                 stream=stream)  # fmt: skip
         else:
             self._fill_from_pickle(model, dtype=dtype, device=device, on_load=on_load)
         model.dtype = dtype

@@ -187,29 +187,34 @@ class SanaDecoderCheckpoint:
         config = self.configs["encoder"]
         return Siglip2Config(**{name: config[field] for field, name in _ENCODER_FIELDS.items()})
 
-    def load(self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> SanaDecoder:
+    def load(
+        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
+    ) -> SanaDecoder:
         """Connector, transformer and the decoding half of the DC-AE. float16, in which they overflow, becomes float32 with a warning."""
         if dtype == torch.float16:
             log.warning("%s: SANA and its autoencoder overflow in float16; float32 is used. bfloat16 takes half of that.", self.folder)
             dtype = torch.float32
-        connector = self._fill(self.empty_connector(), "connector", dtype, device, on_load)
-        transformer = self._fill(self.empty_transformer(), "transformer", dtype, device, on_load)
-        vae = self.load_vae(dtype=dtype, device=device, on_load=on_load, encoder=False)
+        connector = self._fill(self.empty_connector(), "connector", dtype, device, on_load, stream)
+        transformer = self._fill(self.empty_transformer(), "transformer", dtype, device, on_load, stream)
+        vae = self.load_vae(dtype=dtype, device=device, on_load=on_load, encoder=False, stream=stream)
         return SanaDecoder(connector, transformer, vae, scheduler=self.scheduler, flow_shift=self.flow_shift)
 
     def load_vae(
-        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, encoder: bool = True
-    ):
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, encoder: bool = True,
+        stream: bool = False,
+    ):  # fmt: skip
         """diffusers' AutoencoderDC, with or without the half that encodes pictures."""
         vae = self.empty_vae()
         if not encoder:
             del vae.encoder
-        return self._fill(vae, "vae", dtype, device, on_load, without="\0" if encoder else VAE_ENCODER_PREFIX)
+        return self._fill(vae, "vae", dtype, device, on_load, stream, without="\0" if encoder else VAE_ENCODER_PREFIX)
 
-    def load_encoder(self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None) -> Siglip2:
+    def load_encoder(
+        self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
+    ) -> Siglip2:
         """The SigLIP2 tower up to the state that is used. float16 becomes float32."""
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        encoder = self._fill(self.empty_encoder(), "encoder", dtype, device, on_load)
+        encoder = self._fill(self.empty_encoder(), "encoder", dtype, device, on_load, stream)
         encoder.dtype = dtype
         return encoder
 
@@ -240,9 +245,10 @@ class SanaDecoderCheckpoint:
         with torch.device("meta"):
             return AutoencoderDC.from_config(dict(self.configs["vae"]))
 
-    def _fill(self, module, part: str, dtype, device, on_load: OnLoad | None, without: str = "\0"):
+    def _fill(self, module, part: str, dtype, device, on_load: OnLoad | None, stream: bool = False, without: str = "\0"):
         entries = {name: entry for name, entry in self.parts[part].items() if not name.startswith(without)}
-        return fill(module, entries, component=f"SANA decoder's {part}", source=self.folder, dtype=dtype, device=device, on_load=on_load)
+        return fill(module, entries, component=f"SANA decoder's {part}", source=self.folder, dtype=dtype, device=device, on_load=on_load,
+                    stream=stream)  # fmt: skip
 
     def _used_encoder_entries(self) -> dict[str, TensorEntry]:
         unused = (f"encoder.layers.{self.encoder_config.layers - 1}.", "post_layernorm.", "head.")

@@ -104,16 +104,17 @@ class SdxlDecoderCheckpoint:
         return {name: entry for name, entry in self.vae.items() if not name.startswith(VAE_ENCODER_PREFIXES)}
 
     def load(
-        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None
+        self, *, dtype: torch.dtype, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
     ) -> SdxlDecoder:
         """UNet and the decoding half of the VAE. The VAE overflows in float16 and is then kept in float32."""
         unet = fill(self.empty_unet(), self.unet, component="decoder's UNet", source=self.folder / "unet",
-                    dtype=dtype, device=device, on_load=on_load)  # fmt: skip
+                    dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         vae = self.empty_vae()
         del vae.encoder
         vae.quant_conv = None
         vae = fill(vae, self.vae_decoder_entries, component="decoder's VAE", source=self.folder / "vae",
-                   dtype=torch.float32 if dtype == torch.float16 else dtype, device=device, on_load=on_load)  # fmt: skip
+                   dtype=torch.float32 if dtype == torch.float16 else dtype, device=device, on_load=on_load,
+                   stream=stream)  # fmt: skip
         return SdxlDecoder(unet, vae, self.scheduler_config)
 
     def empty_unet(self):
