@@ -12,7 +12,7 @@ OFFLOADS = ("none", "stage", "layer")
 """none keeps every network that was needed; stage frees those of the other stages when one begins; layer reads each layer when it runs."""
 STAGES: dict[str, tuple[str, ...]] = {
     "language": ("backbone", "vision_tower", "output_head"), "embedding": ("dit",),
-    "picture": ("decoder", "decoder_encoder", "vision_encoder"),
+    "encoder": ("vision_encoder", "decoder_encoder"), "picture": ("decoder",),
 }  # fmt: skip
 """Stage -> networks of the pipeline. They run one after the other."""
 USABLE = 0.8  # of the free memory; the rest is for what passes through the networks
