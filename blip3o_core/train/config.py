@@ -101,8 +101,8 @@ class ObjectiveOptions:
                                  "linear map finds in the query states which labels the cells of the picture to be drawn have; for tars "
                                  "whose samples have a map called .labels.png, and centre crops", minimum=0)
     changed_weight: float = option(1.0, "edit: weight of the tokens in which source and target differ, next to 1 for the others; above 1 "
-                                   "small edits are learned sooner, for most of a target can be copied (as in arXiv:2506.03147); for "
-                                   "sources and targets that show the same place", minimum=0)
+                                   "small edits are learned sooner, for most of a target can be copied (as in arXiv:2506.03147), but what "
+                                   "should stay is drawn with less care; for sources and targets that show the same place", minimum=0)
     noisy_weight: float = option(1.0, "decode: errors in noisy latents count up to so many times as much, as if the network predicted the "
                                  "velocity; 1 is published, nano's decoder trains with 100", minimum=1)
     embedding_noise: float = option(0.0, "decode: up to so much noise, in deviations, is added to the embeddings, so that the decoder bears"
