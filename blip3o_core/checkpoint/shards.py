@@ -9,7 +9,7 @@ import math
 import mmap
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ CONVERT_CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` at `offset` of `file`."""
+    """Where one tensor lies: `nbytes` at `offset` of `file`, or the first rows of it, if `further` tells where the others are."""
 
     name: str
     file: Path
@@ -35,10 +35,21 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    further: "TensorEntry | None" = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def rows(self, start: int, end: int) -> "TensorEntry":
+        """Some rows of a matrix (or of what has a first axis), as a tensor of their own."""
+        width = self.nbytes // self.shape[0]
+        return replace(self, shape=(end - start, *self.shape[1:]), offset=self.offset + start * width, nbytes=(end - start) * width)
+
+    def followed_by(self, further: "TensorEntry") -> "TensorEntry":
+        """With the rows of another tensor of the same dtype behind its own."""
+        shape = (self.shape[0] + further.shape[0], *self.shape[1:])
+        return replace(self, shape=shape, nbytes=self.nbytes + further.nbytes, further=further)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -135,6 +146,9 @@ def map_tensor(entry: TensorEntry) -> torch.Tensor:
     """The tensor as a private, copy-on-write mapping of its file: pages are read when touched and never written back."""
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.further is not None:  # no mapping any more, but in memory
+        own = entry.shape[0] - entry.further.shape[0]
+        return torch.cat((map_tensor(replace(entry, further=None).rows(0, own)), map_tensor(entry.further)))
     start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
     with entry.file.open("rb") as stream:
         buffer = mmap.mmap(stream.fileno(), entry.offset + entry.nbytes - start, offset=start, access=mmap.ACCESS_COPY)

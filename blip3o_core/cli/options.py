@@ -24,6 +24,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) 
                         "package)")  # fmt: skip
     parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder: SDXL, or SigLIP2 + SANA, which "
                         "only reconstructs (default: diffusion-decoder/ of the model)")  # fmt: skip
+    parser.add_argument("--qwen", metavar="PATH", help="folder of the Qwen2.5-VL-Instruct that a split model takes its backbone from "
+                        "(see blip3o split)")  # fmt: skip
     parser.add_argument("--offload", default="auto", choices=("auto", "none", "stage", "layer"), help="what is in memory at once: none "
                         "keeps all networks, stage those of one stage, layer one layer at a time, which is slow; auto looks at the free "
                         "memory (default: %(default)s)")  # fmt: skip
@@ -100,7 +102,7 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
     return Blip3oPipeline.from_pretrained(
         chosen_model(args), device=args.device, dtype=args.dtype, decoder=args.decoder, vision_encoder=vision_encoder,
         loras=args.lora, allow_other_base=args.lora_any_base, sana_positions=args.sana_positions,
-        decoder_scheduler=args.decoder_scheduler, offload=args.offload, on_load=bars.on_load,
+        decoder_scheduler=args.decoder_scheduler, offload=args.offload, qwen=args.qwen, on_load=bars.on_load,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class Blip3oPipeline:
         cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
         decoder: str | Path | None = None, vision_encoder: str | Path | None = None, *,
         loras: Sequence[tuple[str | Path, float]] = (), allow_other_base: bool = False, sana_positions: str | None = None,
-        decoder_scheduler: str | None = None, offload: str | None = "auto", on_load: OnLoad | None = None,
+        decoder_scheduler: str | None = None, offload: str | None = "auto", qwen: str | Path | None = None, on_load: OnLoad | None = None,
     ) -> "Blip3oPipeline":  # fmt: skip
         """Opens a checkpoint folder of the published layout. Only local files are read.
 
@@ -103,12 +103,13 @@ class Blip3oPipeline:
             sana_positions, decoder_scheduler: switches of a SANA decoder, see `SanaDecoderCheckpoint.open`.
             offload: which networks are in memory at once: "none" (all that were needed), "stage" (those of one stage), "layer" (one
                 layer at a time); "auto" takes the first that fits into the free memory of the device.
+            qwen: folder of the Qwen2.5-VL-Instruct that a split takes its backbone from (`blip3o split`).
             on_load: (component, bytes read, bytes in all) while weights are loaded.
         Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings; InputError
             if a LoRA is for another base.
         """
         device = resolve_device(device)
-        checkpoint = Blip3oCheckpoint.open(path)
+        checkpoint = Blip3oCheckpoint.open(path, qwen=qwen)
         checkpoint.tokenizer  # noqa: B018 -- a folder without tokenizer fails here, not after minutes of loading
         decoder_checkpoint = None
         if decoder is not None or find_sdxl_decoder(checkpoint.folder) is not None:

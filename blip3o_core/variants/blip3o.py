@@ -15,10 +15,11 @@ from torch import nn
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
 from ..checkpoint.shards import TensorEntry, open_shards, read_tensor
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
+from . import split
 from .eva_clip import EvaClipCheckpoint
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
@@ -76,8 +77,10 @@ class Blip3oCheckpoint:
     components: Components  # component -> name in its module -> where it lies
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Blip3oCheckpoint":
+    def open(cls, folder: str | Path, *, qwen: str | Path | None = None) -> "Blip3oCheckpoint":
         """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead.
+
+        qwen: the folder of Qwen2.5-VL-Instruct that a split (`variants.split`) takes its backbone from; nothing else may have one.
 
         "nano" is the small model in this package, unless there is a checkpoint of that name.
         """
@@ -85,7 +88,18 @@ class Blip3oCheckpoint:
         if str(folder) == "nano" and not (folder / "config.json").exists():
             folder = NANO_FOLDER
         config = read_config(folder)
-        components = split_components(open_shards(folder, "model"), folder)
+        entries = open_shards(folder, "model")
+        rows = {name: entries.pop(name) for name in (split.EMBED_ROWS, split.HEAD_ROWS) if name in entries}
+        components = split_components(entries, folder)
+        if split.KEY in config:
+            if qwen is None:
+                raise CheckpointError(f"{folder}: a split, which holds queries and diffusion transformer alone. Also give the folder of "
+                                      "its Qwen2.5-VL-Instruct: --qwen (in Python qwen=).")
+            qwen = Path(os.path.expanduser(qwen))
+            base = split_components(open_shards(qwen, "model"), qwen)
+            components = split.joined(components, rows, config, base, folder, qwen)
+        elif qwen is not None:
+            raise InputError(f"{folder} has a backbone of its own and is no split. Leave --qwen out.")
         absent = [name for name in TASKS["text to image"] if not components.get(name)]
         if absent:
             raise CheckpointError(f"{folder}: config.json says {config['model_type']}, but the weights hold no tensor of: "
