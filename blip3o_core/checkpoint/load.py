@@ -15,6 +15,8 @@ from .streaming import stream_layers
 OnLoad = Callable[[str, int, int], None]
 """(component, bytes read, bytes in all), called after each tensor."""
 
+SCALE_SUFFIX = "weight_scale"
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -36,17 +38,25 @@ def fill(
     Raises: CheckpointError before anything is read if names or shapes differ, and at the first tensor that is not finite.
     """
     require_matching(component, source, expected_shapes(module), entries)
+    stored = entries
     if stream:
         streamed = set(stream_layers(module, entries, dtype=dtype, device=torch.device(device)))
         entries = {name: entry for name, entry in entries.items() if name not in streamed}
     total = sum(entry.nbytes for entry in entries.values())
     done = 0
     for name, entry in entries.items():
-        place(module, name, entry, read_tensor(entry, dtype=dtype, device=device))
+        place(module, name, entry, read_tensor(entry, dtype=None if is_quantised(name, stored) else dtype, device=device))
         done += entry.nbytes
         if on_load is not None:
             on_load(component, done, total)
     return module.eval()
+
+
+def is_quantised(name: str, entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether the tensor is a quantised weight or its scales, which stay in the dtypes in which they are stored."""
+    if name.endswith(SCALE_SUFFIX):
+        return True
+    return name.endswith("weight") and name.removesuffix("weight") + SCALE_SUFFIX in entries
 
 
 def place(module: nn.Module, name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
@@ -58,6 +68,8 @@ def place(module: nn.Module, name: str, entry: TensorEntry, tensor: torch.Tensor
 
 def require_finite(entry: TensorEntry, tensor: torch.Tensor) -> None:
     """Raises CheckpointError if `tensor` holds nan or infinity (a broken download or an overflow in a conversion)."""
+    if tensor.dtype.itemsize == 1:  # quantised: their scales are checked
+        return
     if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # nan spreads to both bounds
         raise CheckpointError(f"{entry.file}: {entry.name} holds nan or infinite values (stored {entry.dtype}, used as "
                               f"{tensor.dtype}). Download the file again; if it was converted to float16, use bfloat16.")

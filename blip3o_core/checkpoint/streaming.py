@@ -30,9 +30,10 @@ def stream_layers(module: nn.Module, entries: Mapping[str, TensorEntry], *, dtyp
     for path, own in by_layer.items():
         layer = module.get_submodule(path)
         if isinstance(layer, nn.Embedding):
-            _look_up_in_file(layer, own["weight"], dtype, device)
+            _look_up_in_file(layer, own, dtype, device)
         else:
-            _StreamedLayer(layer, own, dtype, device)
+            quantised = (f"{path}." if path else "") + "weight_scale" in entries
+            _StreamedLayer(layer, own, None if quantised else dtype, device)
     return [f"{path}.{parameter}" for path, own in by_layer.items() for parameter in own]
 
 
@@ -55,8 +56,8 @@ class _StreamedLayer:
         layer._parameters.update(self.empty)
 
 
-def _look_up_in_file(layer: nn.Embedding, entry: TensorEntry, dtype: torch.dtype | None, device: torch.device) -> None:
+def _look_up_in_file(layer: nn.Embedding, entries: dict[str, TensorEntry], dtype: torch.dtype | None, device: torch.device) -> None:
     """The table stays a mapping of the file, of which only the rows in question are read."""
-    layer._parameters["weight"] = nn.Parameter(map_tensor(entry), requires_grad=False)
+    layer._parameters.update({name: nn.Parameter(map_tensor(entry), requires_grad=False) for name, entry in entries.items()})
     layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].cpu(), *arguments[1:]))
     layer.register_forward_hook(lambda _, __, rows: rows.to(device=device, dtype=dtype))

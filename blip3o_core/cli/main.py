@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Blip3oError
-from . import ask, bench, caption, chat, edit, evaluate, generate, inspect, lora, reconstruct, split, train, train_nano, vary
+from . import ask, bench, caption, chat, edit, evaluate, generate, inspect, lora, quantize, reconstruct, split, train, train_nano, vary
 
 SUBCOMMANDS = {
     "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
-    "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split, "train": train, "train-nano": train_nano,
+    "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split, "quantize": quantize, "train": train,
+    "train-nano": train_nano,
 }  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 

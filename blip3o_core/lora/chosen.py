@@ -63,6 +63,9 @@ def open_loras(
         lora = ChosenLora(read_lora(Path(path)), float(strength), Path(path))
         require_base(lora.file, checkpoint.fingerprint, path, allow_other_base, base_model=checkpoint.folder.resolve().name)
         for component, names in (("dit", "diffusion transformer"), ("language_model", "language model")):
+            if component == "language_model" and lora.adapters(component) and checkpoint.is_quantised:
+                raise InputError(f"{path}: changes the language model, which is quantised in {checkpoint.folder}. Use it with the "
+                                 "original, or merge it there first (blip3o lora merge) and quantise the result.")
             require_fitting(lora.adapters(component), component_shapes(checkpoint, component), path, names, lora.differences(component))
         if lora.file.queries is not None:
             require_fitting_queries(lora.file.queries, checkpoint.components["queries"]["latent_queries"].shape, path)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
+from .quantised import QuantisedEmbedding
 
 
 def text_config(config: Mapping[str, Any], source: object):
@@ -205,7 +206,8 @@ class TiedHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, H) -> (B, vocabulary)."""
-        return F.linear(states, self._backbone[0].language_model.embed_tokens.weight.to(states))
+        table = self._backbone[0].language_model.embed_tokens
+        return table.project(states) if isinstance(table, QuantisedEmbedding) else F.linear(states, table.weight.to(states))
 
 
 def _transformers_major() -> int:

@@ -32,6 +32,9 @@ class Sources:
     def open(cls, options: ModelOptions) -> "Sources":
         """Raises CheckpointError for a folder that is incomplete or doesn't fit the others. EVA-CLIP and decoder may be absent."""
         checkpoint = Blip3oCheckpoint.open(options.path)
+        if checkpoint.is_quantised:
+            raise CheckpointError(f"{checkpoint.folder}: quantised, which can't be trained. Give the model that it was made from; a LoRA "
+                                  "of the diffusion transformer fits both.")
         checkpoint.tokenizer  # noqa: B018 -- a folder without tokenizer fails here
         encoder = decoder = None
         if options.vision_encoder:

@@ -17,6 +17,7 @@ from ..checkpoint.report import require_matching
 from ..checkpoint.shards import TensorEntry, open_shards, read_tensor
 from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
+from ..models.quantised import SCALE, adopt_quantised
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
 from . import split
@@ -163,6 +164,11 @@ class Blip3oCheckpoint:
                                       f"{', '.join(known)}.")
         return DrawingDefaults(**settings)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the language model is stored in 8 or 4 bits."""
+        return any(name.endswith(f".{SCALE}") for name in self.components["language_model"])
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that tell base models apart: what a LoRA was trained on. Reads a few small tensors.
@@ -216,6 +222,7 @@ class Blip3oCheckpoint:
         if self.components["output_head"]:
             with torch.device("meta"):
                 head = nn.Linear(self.text_config.hidden_size, self.text_config.vocab_size, bias=False)
+            adopt_quantised(head, self.components["output_head"], self.folder)
             return fill(head, self.components["output_head"], component="output head", source=self.folder,
                         dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         if not self.config.get("tie_word_embeddings", False):
@@ -245,7 +252,7 @@ class Blip3oCheckpoint:
         return {**self.components["language_model"], **self.components["queries"]}
 
     def _empty_backbone(self) -> Backbone:
-        return Backbone.empty(self.text_config, self.num_queries)
+        return adopt_quantised(Backbone.empty(self.text_config, self.num_queries), self._backbone_entries, self.folder)
 
     def _empty_dit(self) -> NextDiT:
         with torch.device("meta"):

@@ -22,7 +22,7 @@ ALLOWED = {
     "sheets": set(),
     "": {"pipelines"},
     "checkpoint": set(),
-    "models": {"sampling"},
+    "models": {"sampling", "checkpoint"},
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts", "sampling"},
     "lora": {"models", "checkpoint", "variants"},
