@@ -46,8 +46,8 @@ def score(pipe: Blip3oPipeline, task: str) -> dict[str, float]:
 
 def test_the_asked_objects_appear(pipe):
     found = score(pipe, "prompts")
-    assert found["all"] >= 0.55
-    assert found["two_objects"] >= 0.6 and found["position"] >= 0.5
+    assert found["all"] >= 0.62
+    assert found["two_objects"] >= 0.65 and found["position"] >= 0.5
 
 
 def test_the_first_command_of_the_readme_draws_what_it_says(pipe):
@@ -91,14 +91,14 @@ def test_the_background_changes_and_the_object_stays(pipe, pictures):
 
 def test_edits_change_what_they_say_and_nothing_else(pipe):
     found = score(pipe, "edits")
-    assert found["all"] >= 0.3
-    assert found["background"] >= 0.5
+    assert found["all"] >= 0.4
+    assert found["background"] >= 0.55
 
 
 def test_pictures_are_drawn_again(pipe, pictures):
     again = seen(pipe.reconstruct(pictures, seeds=range(8)))
     assert sum(objects == [thing] and ground == "white" for (objects, ground), thing in zip(again, OBJECTS, strict=True)) >= 7, again
-    assert score(pipe, "reconstruction")["all"] >= 0.8
+    assert score(pipe, "reconstruction")["all"] >= 0.85
 
 
 def test_hearts_are_unknown_without_the_lora(pipe):
