@@ -79,7 +79,7 @@ class Blip3oPipeline:
         self._decoder_encoder: Siglip2 | None = None
         self._null_embeddings: dict[tuple, Tensor] = {}
         self._null_states: Tensor | None = None
-        self._given = {name for name in (*itertools.chain(*STAGES.values()),) if getattr(self, f"_{name}") is not None}
+        self._given = {name for name in itertools.chain(*STAGES.values()) if getattr(self, f"_{name}") is not None}
         self.offload = self._chosen_offload(offload)
 
     @classmethod

@@ -37,8 +37,8 @@ def choose(stage_bytes: Mapping[str, int], free: int | None) -> str:
 
 
 def weight_bytes(entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> int:
-    """In memory, as `dtype`."""
-    return sum(entry.numel for entry in entries.values()) * dtype.itemsize
+    """In memory, as `dtype`; what is stored in bytes (quantised) stays so."""
+    return sum(entry.nbytes if entry.dtype.itemsize == 1 else entry.numel * dtype.itemsize for entry in entries.values())
 
 
 def free_memory(device: torch.device) -> int | None:
