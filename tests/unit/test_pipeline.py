@@ -92,7 +92,7 @@ def test_the_null_condition_is_that_of_64_zero_states(pipe, expected, relative_e
         plain = pipe.dit(torch.cat((x, x)), torch.cat((t, t)), torch.cat((torch.zeros_like(z), z)))
         condition = pipe.dit.encode_condition(z).after_null(pipe.dit.encode_null(z))
         found = pipe.dit.denoise(torch.cat((x, x)), torch.cat((t, t)), condition)
-    assert relative_error(found, plain) <= 1e-6  # measured 2.6e-7
+    assert relative_error(found, plain) <= 1e-6  # measured 4.3e-7
     assert condition.keys_values[0][0].shape[0] == len(x) and condition.null_values[0].shape[2] == 1
 
 
