@@ -9,13 +9,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .report import require_matching
-from .shards import TensorEntry, read_tensor
+from .shards import TensorEntry, is_quantised, read_tensor
 from .streaming import stream_layers
 
 OnLoad = Callable[[str, int, int], None]
 """(component, bytes read, bytes in all), called after each tensor."""
-
-SCALE_SUFFIX = "weight_scale"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,13 +48,6 @@ def fill(
         if on_load is not None:
             on_load(component, done, total)
     return module.eval()
-
-
-def is_quantised(name: str, entries: Mapping[str, TensorEntry]) -> bool:
-    """Whether the tensor is a quantised weight or its scales, which stay in the dtypes in which they are stored."""
-    if name.endswith(SCALE_SUFFIX):
-        return True
-    return name.endswith("weight") and name.removesuffix("weight") + SCALE_SUFFIX in entries
 
 
 def place(module: nn.Module, name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SCALE = "weight_scale"  # beside a quantised weight: see models/quantised.py
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CONVERT_CHUNK_BYTES = 32 * 2**20
 
@@ -50,6 +51,13 @@ class TensorEntry:
         """With the rows of another tensor of the same dtype behind its own."""
         shape = (self.shape[0] + further.shape[0], *self.shape[1:])
         return replace(self, shape=shape, nbytes=self.nbytes + further.nbytes, further=further)
+
+
+def is_quantised(name: str, entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether the tensor is a quantised weight or its scales, which stay in the dtypes in which they are stored."""
+    if name.endswith(SCALE):
+        return True
+    return name.endswith("weight") and name.removesuffix("weight") + SCALE in entries
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

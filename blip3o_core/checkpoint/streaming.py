@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .shards import TensorEntry, map_tensor, read_tensor
+from .shards import TensorEntry, is_quantised, map_tensor, read_tensor
 
 KEPT_BYTES = 2**20
 """Smaller tensors stay."""
@@ -32,8 +32,8 @@ def stream_layers(module: nn.Module, entries: Mapping[str, TensorEntry], *, dtyp
         if isinstance(layer, nn.Embedding):
             _look_up_in_file(layer, own, dtype, device)
         else:
-            quantised = (f"{path}." if path else "") + "weight_scale" in entries
-            _StreamedLayer(layer, own, None if quantised else dtype, device)
+            as_stored = is_quantised(f"{path}.weight".lstrip("."), entries)
+            _StreamedLayer(layer, own, None if as_stored else dtype, device)
     return [f"{path}.{parameter}" for path, own in by_layer.items() for parameter in own]
 
 

@@ -12,7 +12,7 @@ EXAMPLES = """examples:
 
 fp8 and int8 halve the backbone, int4 takes 71 % off it; int8 is the most exact. Weights are converted to the compute precision layer by
 layer while they run, so this saves memory, not time. Embeddings and output head have 8 bits in int4 too; diffusion transformer, vision
-tower and decoder stay as they are. The folder is complete and also loads in ComfyUI.
+tower and decoder stay as they are. The folder is complete.
 """
 
 

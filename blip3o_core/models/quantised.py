@@ -4,7 +4,7 @@ fp8 (e4m3) and int8 have one scale per row, int4 one per row and group of up to 
 `weight_scale`; float precision exists for one layer at a time, while it runs. Rounding is to the nearest value: no data is needed.
 
 Own code, and no torchao or bitsandbytes: their 4-bit layouts differ by device and version, so that a file made on one machine need not
-load on another, and neither shares layers with ComfyUI's memory management. This is 60 lines of plain torch that run wherever torch does.
+load on another, and neither shares layers with ComfyUI's memory management. This is plain torch, which runs wherever torch does.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.shards import TensorEntry
+from ..checkpoint.shards import SCALE, TensorEntry
 from ..errors import CheckpointError
 
 FORMATS = ("fp8", "int8", "int4")
-SCALE = "weight_scale"
 GROUP = 64  # columns that share a scale in int4: 4.25 bits per weight
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _FP8 = torch.float8_e4m3fn

@@ -14,10 +14,10 @@ from torch import nn
 
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
-from ..checkpoint.shards import TensorEntry, open_shards, read_tensor
+from ..checkpoint.shards import SCALE, TensorEntry, open_shards, read_tensor
 from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
-from ..models.quantised import SCALE, adopt_quantised
+from ..models.quantised import adopt_quantised
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
 from . import split

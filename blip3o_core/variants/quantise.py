@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ..checkpoint.save import Deferred, save_derived
-from ..checkpoint.shards import TensorEntry, read_tensor
+from ..checkpoint.shards import SCALE, TensorEntry, read_tensor
 from ..errors import InputError
-from ..models.quantised import FORMATS, SCALE, quantise, stored_as
+from ..models.quantised import FORMATS, quantise, stored_as
 from .blip3o import SKIPPED, Blip3oCheckpoint
 
 QUANTISED = ("language_model", "output_head")

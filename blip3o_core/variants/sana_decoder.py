@@ -207,7 +207,7 @@ class SanaDecoderCheckpoint:
         vae = self.empty_vae()
         if not encoder:
             del vae.encoder
-        return self._fill(vae, "vae", dtype, device, on_load, stream, without="\0" if encoder else VAE_ENCODER_PREFIX)
+        return self._fill(vae, "vae", dtype, device, on_load, stream, without=() if encoder else VAE_ENCODER_PREFIX)
 
     def load_encoder(
         self, *, dtype: torch.dtype | None, device: torch.device | str = "cpu", on_load: OnLoad | None = None, stream: bool = False
@@ -245,7 +245,7 @@ class SanaDecoderCheckpoint:
         with torch.device("meta"):
             return AutoencoderDC.from_config(dict(self.configs["vae"]))
 
-    def _fill(self, module, part: str, dtype, device, on_load: OnLoad | None, stream: bool = False, without: str = "\0"):
+    def _fill(self, module, part: str, dtype, device, on_load: OnLoad | None, stream: bool = False, without: str | tuple[()] = ()):
         entries = {name: entry for name, entry in self.parts[part].items() if not name.startswith(without)}
         return fill(module, entries, component=f"SANA decoder's {part}", source=self.folder, dtype=dtype, device=device, on_load=on_load,
                     stream=stream)  # fmt: skip

@@ -34,7 +34,7 @@ class HostedSana(nn.Module):
     def _denoise(self, x: Tensor, timesteps: Tensor, context: Tensor | None, *_, **__) -> Tensor:
         width = self.connector[0].in_features
         if context is None or context.shape[-1] != width:
-            found = "none" if context is None else f"of width {context.shape[-1]}"
+            found = "none" if context is None else f"width {context.shape[-1]}"
             raise InputError(f"the SANA decoder draws SigLIP2 embeddings of width {width}, the conditioning has {found}. Encode a picture "
                              "with the vision encoder of the same folder (Load BLIP3-o Vision Encoder, BLIP3-o Image Encode).")
         return self.transformer(x, encoder_hidden_states=self.connector(context), timestep=timesteps.float(), return_dict=False)[0]

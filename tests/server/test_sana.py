@@ -84,7 +84,7 @@ def test_tiles_are_decoded_and_core_schedulers_work(server, pipe):
 def test_an_embedding_of_the_other_encoder_is_refused(server):
     result = server.run(workflow(vision_encoder="eva"))
     assert result.status == "error" and result.error["node_type"] == "SamplerCustom"
-    assert "the SANA decoder draws SigLIP2 embeddings of width 64, the conditioning has of width 48" in result.error["exception_message"]
+    assert "the SANA decoder draws SigLIP2 embeddings of width 64, the conditioning has width 48" in result.error["exception_message"]
     assert drawn(server, workflow()).isfinite().all()
 
 

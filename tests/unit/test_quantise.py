@@ -1,9 +1,11 @@
 """The language model in 8 and 4 bits: what is stored, what it computes, and what can't be done with it."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blip3o_core import Blip3oPipeline
 from blip3o_core.checkpoint import streaming
@@ -93,10 +95,6 @@ def test_what_needs_the_original_says_so(small, kind, tmp_path):
 
 
 def test_scales_that_fit_nothing_are_refused(small, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     broken = tmp_path / "broken"
     shutil.copytree(small, broken)
     [file] = broken.glob("model-updated*.safetensors")
