@@ -91,7 +91,8 @@ class QuantisedEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., width) float32."""
         flat = ids.flatten().to(self.weight.device)
-        return dequantise(self.weight[flat], self.weight_scale[flat]).unflatten(0, ids.shape).to(ids.device)
+        rows = self.weight.view(torch.uint8)[flat].view(self.weight.dtype)  # as bytes: torch below 2.7 can't index fp8 on the CPU
+        return dequantise(rows, self.weight_scale[flat]).unflatten(0, ids.shape).to(ids.device)
 
     def project(self, states: Tensor) -> Tensor:
         """States (..., width) -> logits (..., vocabulary), where the matrix serves as output head."""
