@@ -1,11 +1,16 @@
-"""Fixtures of all tests: the tiny checkpoint in the published layout, and what the original code computed from it."""
+"""Fixtures of all tests: the tiny checkpoint in the published layout, and what the original code computed from it.
 
+No test reaches beyond this machine: offline/sitecustomize.py refuses it, here and in child processes, and the test fails.
+"""
+
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,55 @@ from blip3o_core import Blip3oPipeline
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
+OFFLINE = Path(__file__).parent / "offline"
+"""A folder on PYTHONPATH that keeps a Python process from the network."""
+REQUESTS = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Guards this process and, by the environment, those that it starts."""
+    spec = importlib.util.spec_from_file_location("offline", OFFLINE / "sitecustomize.py")
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    if offline.LOG not in os.environ:  # else Python has done it at its start: these tests run inside of a test
+        descriptor, os.environ[offline.LOG] = tempfile.mkstemp(prefix="blip3o-tests-requests-", suffix=".txt")
+        os.close(descriptor)
+        config.add_cleanup(lambda: Path(os.environ.pop(offline.LOG)).unlink())
+        os.environ["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH"))
+        offline.install()
+    config.stash[REQUESTS] = Path(os.environ[offline.LOG])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    require_no_requests(item.config)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    require_no_requests(item.config)
+    return result
+
+
+def require_no_requests(config: pytest.Config) -> None:
+    if attempts := take_requests(config):
+        pytest.fail("something reached for the network:\n" + "\n".join(attempts), pytrace=False)
+
+
+def take_requests(config: pytest.Config) -> list[str]:
+    """What was refused since the last time, in all processes, a line each."""
+    attempts = config.stash[REQUESTS].read_text("utf-8").splitlines()
+    if attempts:
+        os.truncate(config.stash[REQUESTS], 0)
+    return attempts
+
+
+def python_path(*more: str | Path | None) -> str:
+    """A PYTHONPATH for child processes, which keeps them from the network."""
+    return os.pathsep.join(map(str, filter(None, (OFFLINE, *more))))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +129,7 @@ def command(*args: object) -> list[str]:
 
 
 def command_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": python_path(REPOSITORY)}
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

@@ -204,11 +204,15 @@ def install(name: str, requirements: Sequence[Path], constraint: Path | None, pa
 
 
 def run_uv(arguments: Sequence[str], *, timeout_s: float) -> None:
-    """Runs uv. Raises HostError with the end of its output if it fails or takes longer."""
+    """Runs uv. Raises HostError with the end of its output if it fails or takes longer.
+
+    Hosts are got from the network, once; what keeps tests from it (offline/sitecustomize.py) is left out.
+    """
     command = [sys.executable, "-m", "uv", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     advice = "Install the 'test' extra of this project (it has uv), check the network, or set COMFYUI_PATH."
     try:
-        subprocess.run(command, check=True, timeout=timeout_s,
+        subprocess.run(command, check=True, timeout=timeout_s, env=environment,
                        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.CalledProcessError as error:
         raise HostError(f"{' '.join(command)} failed:\n{error.output[-3000:]}\n{advice}") from error

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from blip3o_core.train.config import TrainConfig, print_config
 from blip3o_core.train.options import build
 
+from ..conftest import command_environment
+
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "data" / "sdxl"
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (40, 80, 220), "yellow": (240, 200, 40)}
@@ -197,7 +199,7 @@ class Zygote:
     """Starts `python -m blip3o_core.train` many times for the price of its imports."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = command_environment() | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                          env=environment)  # fmt: skip
         assert self._process.stdout.readline().strip() == "ready"
@@ -311,7 +313,7 @@ def train() -> Callable[..., subprocess.CompletedProcess]:
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "blip3o_core.train", *map(str, words)], capture_output=True, text=True, timeout=DEADLINE_S,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+            env=command_environment() | {"OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
 
     return run

@@ -19,6 +19,8 @@ from blip3o_core.train import state as checkpoints
 from blip3o_core.train.run import run_training
 from blip3o_core.train.state import RunState, list_checkpoints, load_optimizer, load_tensors, save_checkpoint
 
+from ..conftest import command_environment
+
 MIB = 2**20
 
 
@@ -186,7 +188,7 @@ print([path.name for path in list_checkpoints(output)], [path.name for path in (
 
 def test_files_that_may_not_grow_are_the_same_error(tmp_path):
     done = subprocess.run([sys.executable, "-c", FILE_LIMIT, str(tmp_path)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+                          env=command_environment())  # fmt: skip
     message, left = done.stdout.splitlines()
     assert "step_00000002: the checkpoint can't be written" in message and "The newest one is" in message, done.stderr
     assert left == "['step_00000001'] ['step_00000001']"

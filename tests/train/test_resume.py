@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..conftest import command_environment
+
 STEPS, SAVE_EVERY = 16, 3
 
 
@@ -148,7 +150,7 @@ def test_the_command_under_accelerate_launch_stops_at_sigterm_and_goes_on(
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
                "-m", "blip3o_core.train", str(file)]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = command_environment() | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as launcher:
         try:
             for line in launcher.stderr:

@@ -18,7 +18,8 @@ from blip3o_core.checkpoint.shards import open_shards, read_header, read_tensor
 from blip3o_core.errors import OutputError
 from blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import command_environment
+
 MATRIX, NORM = "model.dit.model.layers.0.attn1.to_q.weight", "model.dit.model.layers.0.norm2.weight"
 
 
@@ -217,7 +218,7 @@ for name in ("new", "there"):
         print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                            env=os.environ | {"PYTHONPATH": str(REPOSITORY)})  # fmt: skip
+                            env=command_environment())  # fmt: skip
     assert result.stdout.count("can't be written (File too large)") == 2, result.stdout + result.stderr
     assert contents(tmp_path / "there") == before
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
