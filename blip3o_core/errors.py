@@ -1,8 +1,17 @@
 """What a user can mend. Every message names the value, the file and the fix."""
 
+import re
+
+LONGEST = 4000  # letters of a message, a screen
+# what would act on a terminal, or turn around what stands there; lone surrogates can't be printed at all
+_UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class Blip3oError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose. What a message quotes of a file is readable text, whatever the file holds."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(readable(message, LONGEST))
 
 
 class CheckpointError(Blip3oError):
@@ -27,3 +36,10 @@ class DataError(InputError):
 
 class TrainingError(Blip3oError):
     """Training can't go on or can't be resumed; what was saved before is intact."""
+
+
+def readable(text: str, longest: int | None = None) -> str:
+    """`text` with control characters shown as escapes, and the middle left out if it is longer than `longest`."""
+    if longest is not None and len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
+    return _UNREADABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
