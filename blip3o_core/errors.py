@@ -3,6 +3,7 @@
 import re
 
 LONGEST = 4000  # letters of a message, a screen
+LONGEST_WORD = 600
 # what would act on a terminal, or turn around what stands there; lone surrogates can't be printed at all
 _UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -39,7 +40,11 @@ class TrainingError(Blip3oError):
 
 
 def readable(text: str, longest: int | None = None) -> str:
-    """`text` with control characters shown as escapes, and the middle left out if it is longer than `longest`."""
-    if longest is not None and len(text) > longest:
-        text = f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
+    """`text` with control characters shown as escapes. `longest`: of words and the whole, whatever is longer is without its middle."""
+    if longest is not None:
+        text = _without_middle(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: _without_middle(word[0], LONGEST_WORD), text), longest)
     return _UNREADABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"

@@ -24,13 +24,14 @@ from torch import Tensor
 from .errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own default limit; kept here because a host may have switched that off
+STRIP_PIXELS = 2**22
 MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's processor refuses thinner pictures
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OVERSHOOT = 0.5  # a tensor may leave 0..1 by this much (bicubic upscaling does) and is clamped; more is another range
 
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
-            struct.error, zlib.error)  # what Pillow's readers raise on damaged files (RuntimeError: AVIF); found by fuzzing
+            AssertionError, AttributeError, struct.error, zlib.error)  # what Pillow's readers raise on damaged files; found by fuzzing
 _DRAWINGS = ("EPS", "WMF")  # Pillow would start Ghostscript, or has a loader on one system only
 _WIDE_GREYS = ("I", "F")  # beginnings of the modes with more than 8 bits per pixel: I, I;16, I;16B, F
 _ORIENTATION_TAG = 0x0112
@@ -189,8 +190,7 @@ def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
         if image.mode.startswith(_WIDE_GREYS):
             rgb = _narrow_grey(image, name).convert("RGB")
         elif image.has_transparency_data:
-            straight = image.convert("LA") if image.mode == "La" else image
-            rgb = _on_white(straight.convert("RGBA"))
+            rgb = _on_white(image.convert("LA") if image.mode == "La" else image)
         else:
             rgb = image.convert("RGB")
     except InputError:
@@ -209,23 +209,36 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _narrow_grey(image: Image.Image, name: str | Path) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
+    values = np.asarray(image)
+    low, high = (float(np.float32(bound)) for bound in (values.min(), values.max()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(f"{name}: holds nan or infinite pixels. Save it again with finite values.")
     tops = (1.0, 255.0) if image.mode == "F" else (65535.0,)
     top = next((top for top in tops if low >= 0 and high <= top), None)
     low, high = (0.0, top) if top is not None else (min(low, 0.0), max(high, 0.0))
-    levels = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+    levels = np.empty(values.shape, np.uint8)
+    for rows in _strips(image):
+        levels[rows] = np.rint((values[rows].astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
     key = image.info.get("transparency")
     if isinstance(key, int):  # the one grey that a PNG declares transparent
         levels[values == key] = 255
     return Image.fromarray(levels)
 
 
-def _on_white(rgba: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB; in strips, for a whole picture would be in memory four times."""
+    rgb = Image.new("RGB", image.size)
+    for rows in _strips(image):
+        strip = image.crop((0, rows.start, image.width, rows.stop)).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, rows.start))
+    return rgb
+
+
+def _strips(image: Image.Image) -> list[slice]:
+    """Rows that together have about STRIP_PIXELS pixels, from top to bottom."""
+    height = max(1, STRIP_PIXELS // image.width)
+    return [slice(top, min(top + height, image.height)) for top in range(0, image.height, height)]
 
 
 def _tensor_to_pil(tensor: Tensor, name: str, channels_last: bool | None) -> list[Image.Image]:

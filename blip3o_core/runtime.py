@@ -39,6 +39,13 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     return DTYPES[name]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is about memory, of an accelerator or of the machine: for the latter torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def require_package(name: str, *, extra: str, purpose: str):
     """The imported optional package. Raises InputError that says how to install it."""
     try:

@@ -73,6 +73,7 @@ class Blip3oTextEncode(io.ComfyNode):
     def execute(
         cls, backbone, prompt: str, template: bool = True, images=None, image_size: str = PUBLISHED_SIZE, positions: str = POSITIONS[0]
     ) -> io.NodeOutput:
+        io_types.require_connected(backbone=backbone)
         pictures = None if images is None else [to_rgb_images(images, channels_last=True)]
         size = TRAINED_SIZE if image_size == PUBLISHED_SIZE else None
         states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)  # (1, 64, H)
@@ -136,7 +137,9 @@ class Blip3oEmbeddingToConditioning(io.ComfyNode):
 
 def embedding_tokens(embedding: dict) -> torch.Tensor:
     """LATENT (B, C, 8, 8) -> (B, 64, C). Raises InputError for any other latent."""
-    samples = embedding["samples"]
+    samples = embedding.get("samples") if isinstance(embedding, dict) else None
+    if not isinstance(samples, torch.Tensor):
+        raise InputError(f"this is {embedding!r:.60}, not a latent. Connect what the sampler of the BLIP3-o diffusion model returns.")
     if samples.ndim != 4 or tuple(samples.shape[-2:]) != (8, 8):
         raise InputError(f"this latent is {' x '.join(map(str, samples.shape[1:]))}, not a BLIP3-o embedding (C x 8 x 8). "
                          "Connect what the sampler of the BLIP3-o diffusion model returns.")

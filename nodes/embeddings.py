@@ -39,6 +39,8 @@ class Blip3oEmptyEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size: int, model=None) -> io.NodeOutput:
+        if model is not None:
+            io_types.require_connected(model=model)
         latent_format = ClipEmbedding if model is None else model.get_model_object("latent_format")
         return io.NodeOutput({"samples": torch.zeros(batch_size, latent_format.latent_channels, 8, 8)})
 
@@ -68,6 +70,7 @@ class Blip3oImageEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vision_encoder, images) -> io.NodeOutput:
+        io_types.require_connected(vision_encoder=vision_encoder)
         embeddings = vision_encoder.embed(to_rgb_images(images, channels_last=True))
         return io.NodeOutput({"samples": embeddings}, {"samples": vision_encoder.embed_null_image()})
 

@@ -94,6 +94,7 @@ class Blip3oAsk(io.ComfyNode):
         cls, backbone, question: str, preset: str, one_answer_per_image: bool, max_new_tokens: int, temperature: float, seed: int,
         top_p: float, top_k: int, min_pixels: int, max_pixels: int, system: str, images=None,
     ) -> io.NodeOutput:  # fmt: skip
+        io_types.require_connected(backbone=backbone)
         text = question if preset == NO_PRESET else build_question(preset, question.strip() or None)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
         pictures = [] if images is None else to_rgb_images(images, channels_last=True)
@@ -136,6 +137,7 @@ class Blip3oChat(io.ComfyNode):
         cls, backbone, message: str, max_new_tokens: int, temperature: float, seed: int, top_p: float, top_k: int, min_pixels: int,
         max_pixels: int, system: str, conversation: str | None = None, images=None,
     ) -> io.NodeOutput:  # fmt: skip
+        io_types.require_connected(backbone=backbone)
         chat = Chat(backbone, system or None) if conversation is None else Chat.from_json(backbone, conversation)
         pictures = [] if images is None else to_rgb_images(images, channels_last=True)
         shown = len(pictures) + sum(len(turn.images) for turn in chat.messages)

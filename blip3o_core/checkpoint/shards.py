@@ -7,6 +7,7 @@ dtype or device is unmapped at once, so its file pages never add up beside the c
 import json
 import math
 import mmap
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from .json_files import read_table
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,7 +68,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises CheckpointError if the file is missing, truncated or not in the safetensors format.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{file}: a folder, a pipe or a device, not a safetensors file. Give the file itself.")
         with file.open("rb") as stream:
             prefix = stream.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
@@ -78,7 +83,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{file}: the file is missing. Download it from the repository of the other files.") from None
     except OSError as error:
         raise CheckpointError(f"{file}: can't be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{file}: the safetensors header is damaged ({error}). Download the file again.") from error
 
     entries: dict[str, TensorEntry] = {}
@@ -97,14 +102,20 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def _parse_entry(file: Path, name: str, info: object, *, data_start: int) -> TensorEntry:
     try:
         dtype = DTYPES[info["dtype"]]
-        shape = tuple(int(size) for size in info["shape"])
-        begin, end = (int(offset) for offset in info["data_offsets"])
+        shape = tuple(_whole(size) for size in info["shape"])
+        begin, end = (_whole(offset) for offset in info["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the header entry of {name!r} is damaged ({error!r}). Download it again.") from error
     nbytes = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
         raise CheckpointError(f"{file}: {name} has shape {shape} of {dtype} but {end - begin} bytes. Download the file again.")
     return TensorEntry(name, file, dtype, shape, data_start + begin, nbytes)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def open_shards(folder: Path, stem: str, variants: Sequence[str] = ("",)) -> dict[str, TensorEntry]:
@@ -130,13 +141,11 @@ def open_shards(folder: Path, stem: str, variants: Sequence[str] = ("",)) -> dic
 
 
 def _read_index(index: Path) -> dict[str, TensorEntry]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = {name: str(shard) for name, shard in weight_map.items()}
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a readable index of shards ({error!r}). Download it again.") from error
+    files = read_table(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
+        raise CheckpointError(f"{index}: not an index of shards: it has no weight_map of tensors and files. Download it again.")
     for shard in sorted(set(files.values())):
-        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard:
+        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or ":" in shard:
             raise CheckpointError(f"{index}: names the shard {shard!r} outside of its own folder. Don't use this checkpoint.")
     absent = sorted(shard for shard in set(files.values()) if not (index.parent / shard).is_file())
     if absent:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, OutputError
+from ..errors import InputError, OutputError, readable
 from .inspect import size
 from .options import lora_choice
 
@@ -141,7 +141,7 @@ def as_text(description: dict[str, Any]) -> str:
         lines.append(f"{name:<16}{part['layers']:>8}{rank:>8}{alpha:>8}{part['parameters']:>14,}{size(part['bytes']):>11}"
                      f"{part['norm']:>10.4g}  {'; '.join(notes)}")  # fmt: skip
     lines += ["", *(f"{key} = {value}" for key, value in description["metadata"].items())]
-    return "\n".join(lines).rstrip()
+    return readable("\n".join(lines).rstrip())
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -35,6 +35,8 @@ class NextDiTConfig:
     context_dim: int = 3584  # width of the backbone's query states
 
     def __post_init__(self) -> None:
+        if min(self.in_channels, self.dim, self.num_layers, self.num_heads, self.ffn_dim, self.conditioning_dim, self.context_dim) < 1:
+            raise CheckpointError(f"a diffusion transformer without size ({self}). Its tensors are damaged; download the checkpoint again.")
         if self.dim % (4 * self.num_heads):
             raise CheckpointError(f"a NextDiT of width {self.dim} can't have {self.num_heads} heads: 2D rope needs a head "
                                   "width that is a multiple of 4. The tensors of different models are mixed.")
@@ -44,11 +46,13 @@ class NextDiTConfig:
         """Reads all sizes off the tensors; config.json doesn't hold them. Raises CheckpointError naming `source`."""
         layers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.") and name.split(".")[1].isdigit()}
         try:
+            if max(layers) + 1 != len(layers):
+                raise ValueError(f"{len(layers)} layers numbered up to {max(layers)}")
             dim, in_channels = shapes["patch_embedder.proj.weight"]
             return cls(
                 in_channels=in_channels,
                 dim=dim,
-                num_layers=max(layers) + 1,
+                num_layers=len(layers),
                 num_heads=shapes["layers.0.gate"][0],
                 ffn_dim=shapes["layers.0.feed_forward.linear_1.weight"][0],
                 conditioning_dim=shapes["layers.0.norm1.linear.weight"][1],

@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.settings import number, whole
 from ..errors import CheckpointError, InputError
 from .quantised import QuantisedEmbedding
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MOST_LAYERS = 1000  # transformers lists something for each of them, before any network is built
+PREPROCESSING = {"in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+"""Of the vision tower: what `qwen_pixel_values` makes."""
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
 def text_config(config: Mapping[str, Any], source: object):
@@ -24,28 +31,32 @@ def text_config(config: Mapping[str, Any], source: object):
     """
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
-    fields = {**config, **(config.get("text_config") or {})}
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    try:
-        sizes = {name: fields[name] for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        )}  # fmt: skip
-        mrope_section = [int(size) for size in rope["mrope_section"]]
-    except KeyError as error:
-        raise CheckpointError(f"{source}: has no {error}; it doesn't describe a Qwen2.5-VL backbone. "
-                              "Take config.json from the repository of the weights.") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: rope_scaling.mrope_section is {rope['mrope_section']!r}, not three integers.") from error
-    theta = float(rope.get("rope_theta", fields.get("rope_theta", 1e6)))
+    fields = {**config, **_table(config, "text_config", source)}
+    rope = _table(fields, "rope_parameters", source) or _table(fields, "rope_scaling", source)
+    for name in (*SIZES, "mrope_section"):
+        if name not in {**fields, **rope}:
+            raise CheckpointError(f"{source}: has no {name!r}; it doesn't describe a Qwen2.5-VL backbone. "
+                                  "Take config.json from the repository of the weights.")
+    sizes = {name: whole(fields, name, source, high=MOST_LAYERS if name == "num_hidden_layers" else 2**31) for name in SIZES}
+    head_width, rest = divmod(sizes["hidden_size"], sizes["num_attention_heads"])
+    mrope_section = rope["mrope_section"]
+    if rest or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise CheckpointError(f"{source}: {sizes['num_attention_heads']} heads with {sizes['num_key_value_heads']} for keys don't divide a "
+                              f"width of {sizes['hidden_size']}. Take config.json from the repository of the weights.")
+    threes = isinstance(mrope_section, list) and [type(size) for size in mrope_section] == [int] * 3 and min(mrope_section) >= 1
+    if not threes or 2 * sum(mrope_section) != head_width:
+        raise CheckpointError(f"{source}: rope_scaling.mrope_section is {mrope_section!r:.60}, not three integers whose sum is half of a "
+                              f"head's width ({head_width}). Take config.json from the repository of the weights.")
+    theta = number({"rope_theta": 1e6, **fields, **rope}, "rope_theta", source, low=1, high=1e12)
     if _transformers_major() >= 5:
         positions = {"rope_parameters": {"rope_type": "default", "mrope_section": mrope_section, "rope_theta": theta}}
     else:
         positions = {"rope_scaling": {"rope_type": "default", "mrope_section": mrope_section}, "rope_theta": theta}
     result = Qwen2_5_VLTextConfig(
         **sizes, **positions,
-        hidden_act=fields.get("hidden_act", "silu"),
-        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=fields.get("max_position_embeddings", 128000),
+        hidden_act=_activation(fields, source),
+        rms_norm_eps=number(fields, "rms_norm_eps", source, low=0, high=1, default=1e-6),
+        max_position_embeddings=whole(fields, "max_position_embeddings", source, default=128000),
         use_sliding_window=False,
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
         use_cache=False,
@@ -156,11 +167,41 @@ def vision_config(config: Mapping[str, Any], source: object):
     if not isinstance(fields, Mapping):
         raise CheckpointError(f"{source}: has no vision_config, so the vision tower can't be built. Take config.json from the "
                               "repository of the weights.")
-    known = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size", "spatial_merge_size",
-             "temporal_patch_size", "tokens_per_second", "window_size", "out_hidden_size", "fullatt_block_indexes")  # fmt: skip
-    result = Qwen2_5_VLVisionConfig(**{name: fields[name] for name in known if name in fields})
+    published = Qwen2_5_VLVisionConfig()
+    sizes = {name: whole(fields, name, source, default=getattr(published, name), high=MOST_LAYERS if name == "depth" else 2**31)
+             for name in ("depth", "hidden_size", "intermediate_size", "num_heads", "window_size", "out_hidden_size")}  # fmt: skip
+    cell = PREPROCESSING["patch_size"] * PREPROCESSING["spatial_merge_size"]
+    whole_blocks = fields.get("fullatt_block_indexes", published.fullatt_block_indexes)
+    problems = [
+        *(f"{name} is {fields[name]!r:.60}, not {value}" for name, value in PREPROCESSING.items() if fields.get(name, value) != value),
+        *([f"{sizes['num_heads']} heads don't divide a width of {sizes['hidden_size']} into multiples of 4"]
+          if sizes["hidden_size"] % (4 * sizes["num_heads"]) else []),
+        *([f"window_size is {sizes['window_size']}, not a multiple of {cell}"] if sizes["window_size"] % cell else []),
+        *([f"fullatt_block_indexes is {whole_blocks!r:.60}, not a list of blocks"]
+          if not isinstance(whole_blocks, list) or not all(type(index) is int for index in whole_blocks) else []),
+    ]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{source}: vision_config makes no sense: {'; '.join(problems)}. Take config.json from the repository of "
+                              "the weights.")
+    result = Qwen2_5_VLVisionConfig(**sizes, **PREPROCESSING, hidden_act=_activation(fields, source), fullatt_block_indexes=whole_blocks)
     result._attn_implementation = "sdpa"
     return result
+
+
+def _table(fields: Mapping[str, Any], name: str, source: object) -> Mapping[str, Any]:
+    """A part of the configuration, empty if it isn't there."""
+    table = fields.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise CheckpointError(f"{source}: {name} is {table!r:.60}, not a table. Take config.json from the repository of the weights.")
+    return table
+
+
+def _activation(fields: Mapping[str, Any], source: object) -> str:
+    name = fields.get("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"{source}: hidden_act is {name!r:.60}, not one of {', '.join(ACTIVATIONS)}. Take config.json from the "
+                              "repository of the weights.")
+    return name
 
 
 class VisionTower(nn.Module):

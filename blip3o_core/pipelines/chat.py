@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..images import qwen_pixel_values, to_rgb_images
+from ..images import load_image_bytes, qwen_pixel_values, to_rgb_images
 from ..models.qwen_positions import Grid, multimodal_positions
 from ..prompts import CLOSE_TURN, SYSTEM, open_turn, require_text, turn
 from ..sampling.tokens import PickToken, token_picker
@@ -136,7 +136,7 @@ class Chat:
                 raise ValueError("roles are not system, user and assistant")
             if not all(isinstance(m.text, str) for m in messages):
                 raise ValueError("a turn has no text")
-        except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError, Image.DecompressionBombError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"this is no saved conversation ({error}). Give what `to_json` or /save wrote.") from error
         chat = cls(models, messages[0].text, **arguments)
         chat.messages = messages
@@ -250,4 +250,4 @@ def _encode_image(image: Image.Image) -> str:
 
 
 def _decode_image(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text, validate=True))).convert("RGB")
+    return load_image_bytes(base64.b64decode(text, validate=True), "a picture of the conversation")

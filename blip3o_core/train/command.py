@@ -51,19 +51,22 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(print_config(config), end="")
         return 0
-    if args.dry_run:
-        from .plan import plan
-
-        print(plan(config))
-        return 0
-    import torch
-
-    from .run import run_training
+    from ..runtime import is_out_of_memory
 
     try:
+        if args.dry_run:
+            from .plan import plan
+
+            print(plan(config))
+            return 0
+        from .run import run_training
+
         stopped = run_training(config)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"out of memory ({str(error).splitlines()[0]}). What was saved is intact. Less is taken by "
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(f"out of memory ({reason}). What was saved is intact. Less is taken by "
                             "train.gradient_checkpointing=true, by cache.enabled=true, and by a lower train.batch_size with a higher "
                             "train.gradient_accumulation; --dry-run estimates it.") from error  # fmt: skip
     return 128 + stopped if stopped else 0

@@ -1,7 +1,6 @@
 """The published BLIP3-o layout (Qwen2.5-VL + NextDiT, 4B, 8B and anything smaller): folder -> components."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
+from ..checkpoint.settings import require_countable, sensible
 from ..checkpoint.shards import SCALE, TensorEntry, open_shards, read_tensor
 from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
@@ -25,6 +26,7 @@ from .eva_clip import EvaClipCheckpoint
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")  # training and inference class; the tensors are the same
 SKIPPED = "skipped"
+MAX_IMAGE_SIDE = 3584  # 16384 tokens, the most that Qwen's processor makes
 NANO_FOLDER = Path(__file__).parents[1] / "nano" / "model"
 
 # prefix in the file -> (component, prefix in the component's module); the first match wins
@@ -146,8 +148,9 @@ class Blip3oCheckpoint:
         A key of ours in config.json (`image_side`). Raises CheckpointError if it is no multiple of 28.
         """
         side = self.config.get("image_side")
-        if side is not None and (not isinstance(side, int) or side < 28 or side % 28):
-            raise CheckpointError(f"{self.folder / 'config.json'}: image_side is {side!r}, not a multiple of 28 pixels.")
+        if side is not None and (not isinstance(side, int) or not 28 <= side <= MAX_IMAGE_SIDE or side % 28):
+            raise CheckpointError(f"{self.folder / 'config.json'}: image_side is {side!r:.60}, not a multiple of 28 pixels up to "
+                                  f"{MAX_IMAGE_SIDE}.")
         return side
 
     @cached_property
@@ -205,7 +208,10 @@ class Blip3oCheckpoint:
         if not self.components["vision_tower"]:
             raise CheckpointError(f"{self.folder}: the shards hold no vision tower (visual.*), so images can't be read. "
                                   "Download the complete BLIP3-o repository.")
-        tower = VisionTower.empty(vision_config(self.config, self.folder / "config.json"))
+        config = vision_config(self.config, self.folder / "config.json")
+        require_countable({"depth": config.depth}, len(self.components["vision_tower"]), self.folder / "config.json")
+        with sensible("vision tower", self.folder / "config.json"):
+            tower = VisionTower.empty(config)
         fill(tower, self.components["vision_tower"], component="vision tower", source=self.folder,
              dtype=dtype, device=device, on_load=on_load, stream=stream)  # fmt: skip
         tower.rebuild_rotary_table()
@@ -245,6 +251,8 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{self.folder}: the shards hold no EVA-CLIP tower, which turns images into embeddings. Give it "
                                   "separately (repository jiuhai/eva_clip_vision_tower).")
         overrides = self.config.get("gen_vision_config")  # ours: published models have heads of width 112 and no such field
+        if not isinstance(overrides or {}, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: gen_vision_config is {overrides!r:.60}, not a table.")
         return EvaClipCheckpoint.from_entries(self.components["vision_encoder"], self.folder, overrides=overrides)
 
     @property
@@ -252,7 +260,11 @@ class Blip3oCheckpoint:
         return {**self.components["language_model"], **self.components["queries"]}
 
     def _empty_backbone(self) -> Backbone:
-        return adopt_quantised(Backbone.empty(self.text_config, self.num_queries), self._backbone_entries, self.folder)
+        layers = {"num_hidden_layers": self.text_config.num_hidden_layers}
+        require_countable(layers, len(self.components["language_model"]), self.folder / "config.json")
+        with sensible("language backbone", self.folder / "config.json"):
+            empty = Backbone.empty(self.text_config, self.num_queries)
+        return adopt_quantised(empty, self._backbone_entries, self.folder)
 
     def _empty_dit(self) -> NextDiT:
         with torch.device("meta"):
@@ -269,11 +281,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         kind = "a diffusers pipeline" if (folder / "model_index.json").is_file() else "no checkpoint that this package knows"
         raise CheckpointError(f"{folder}: has no config.json; it is {kind}. Give the BLIP3-o folder itself.")
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        model_type = config.get("model_type")
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: not readable as JSON ({error}). Download it again.") from error
+    config = read_table(folder / "config.json")
+    model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         hint = ("This is the base model, which can't draw: download BLIP3o/BLIP3o-Model-4B or -8B."
                 if str(model_type).startswith("qwen") else "Give the folder of BLIP3o-Model-4B or -8B.")

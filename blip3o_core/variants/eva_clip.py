@@ -1,6 +1,5 @@
 """The EVA-CLIP tower as published: a pickle in a repository of its own, and the same tensors inside BLIP3-o's root shards."""
 
-import json
 import logging
 import os
 import pickle
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill, place
 from ..checkpoint.report import require_matching
 from ..checkpoint.shards import TensorEntry, open_shards, read_header
@@ -142,15 +142,7 @@ def _find_weights(path: Path) -> tuple[Path, dict[str, TensorEntry]]:
 
 
 def _read_overrides(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds no table of settings. Download it again.")
-    return config
+    return read_table(path) if path.is_file() else {}
 
 
 def _tower_names(names: Iterable[str], source: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 Sizes come from `submodel_configs.json`, or a `config.json` in the folder of each part, or are the published ones; nothing is downloaded.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -13,8 +12,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
+from ..checkpoint.settings import number, require_countable, require_plain, sensible, whole
 from ..checkpoint.shards import TensorEntry, open_shards
 from ..errors import CheckpointError, InputError
 from ..models.sana import POSITIONS, SCHEDULERS, Connector, PositionedPatches, SanaDecoder, vae_factor
@@ -39,6 +40,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
 """Layout -> part -> prefix of its tensors."""
 SCHEDULER_OF = {"siglip2_sana": "dpmsolver++", "reconstruction": "euler"}
 STEPS, GUIDANCE_SCALE = 30, 3.0  # of the reference
+MAX_SIDE = 16384  # of a grid or a picture
 VAE_ENCODER_PREFIX = "encoder."  # not needed to turn latents into pixels
 
 _PARTS = {"encoder": "siglip_vision", "transformer": "sana_transformer", "vae": "autoencoder_dc", "scheduler": "scheduler"}
@@ -75,10 +77,9 @@ _ENCODER_FIELDS = {
 def is_sana_decoder(folder: Path) -> bool:
     """Whether the folder's config.json says so; its tensors are not looked at."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_table(folder / "config.json").get("model_type") in MODEL_TYPES
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,12 @@ class SanaDecoderCheckpoint:
             positions = "none" if told is None else "sincos"
         parts = {part: _without_prefix(entries, prefix) for part, prefix in LAYOUTS[layout].items()}
         checkpoint = cls(folder, layout, configs, parts, positions, scheduler or SCHEDULER_OF[layout])
+        checkpoint._require_sensible_settings()
         parts["encoder"] = checkpoint._used_encoder_entries()
         for part, make in (("encoder", checkpoint.empty_encoder), ("connector", checkpoint.empty_connector),
                            ("transformer", checkpoint.empty_transformer), ("vae", checkpoint.empty_vae)):  # fmt: skip
-            try:
+            with sensible(f"decoder's {part}", folder):
                 expected = expected_shapes(make())
-            except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, RuntimeError) as error:
-                raise CheckpointError(f"{folder}: the configuration of the decoder's {part} makes no sense ({error!r}). Download it "
-                                      "again.") from error
             require_matching(f"SANA decoder's {part}", folder, expected, parts[part])
         return checkpoint
 
@@ -250,6 +249,22 @@ class SanaDecoderCheckpoint:
         return fill(module, entries, component=f"SANA decoder's {part}", source=self.folder, dtype=dtype, device=device, on_load=on_load,
                     stream=stream)  # fmt: skip
 
+    def _require_sensible_settings(self) -> None:
+        """Raises CheckpointError for what neither the building of the networks nor their tensors would show."""
+        from diffusers import AutoencoderDC, SanaTransformer2DModel
+
+        for part, network in (("encoder", None), ("transformer", SanaTransformer2DModel), ("vae", AutoencoderDC)):
+            config, source = self.configs[part], f"{self.folder}, configuration of the {part}"
+            require_countable(config, len(self.parts[part]), source)
+            if network is not None:
+                require_plain(config, network, (*PUBLISHED[part], "interpolation_scale"), source)
+            for name, published in PUBLISHED[part].items():
+                if type(published) is int:
+                    whole(config, name, source, high=MAX_SIDE if name.endswith("_size") else 2**31)
+                elif type(published) is float:
+                    number(config, name, source, low=1e-9, high=1e6)
+        number(self.configs["scheduler"], "flow_shift", self.folder, low=0.01, high=100)
+
     def _used_encoder_entries(self) -> dict[str, TensorEntry]:
         unused = (f"encoder.layers.{self.encoder_config.layers - 1}.", "post_layernorm.", "head.")
         return {name: entry for name, entry in self.parts["encoder"].items() if not name.startswith(unused)}
@@ -269,10 +284,8 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
     file = folder / SUBMODELS if (folder / SUBMODELS).is_file() else own
     if not file.is_file():
         return dict(PUBLISHED[part])
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        config = config.get(_PARTS[part], {}) if file.name == SUBMODELS else config
-        told = {name: value for name, value in config.items() if not name.startswith("_")}
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}). Download it again.") from error
-    return {**PUBLISHED[part], **told}
+    config = read_table(file)
+    config = config.get(_PARTS[part], {}) if file.name == SUBMODELS else config
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: {_PARTS[part]} is no table of settings. Download it again.")
+    return {**PUBLISHED[part], **{name: value for name, value in config.items() if not name.startswith("_")}}

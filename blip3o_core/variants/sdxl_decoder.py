@@ -3,7 +3,6 @@
 `model_index.json` names classes that no library has, and the pipeline file beside it is remote code: neither is touched.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
+from ..checkpoint.settings import number, require_countable, require_plain, sensible, whole
 from ..checkpoint.shards import TensorEntry, open_shards
 from ..errors import CheckpointError
 from ..models.sdxl import SdxlDecoder, vae_factor
@@ -21,6 +22,17 @@ from ..models.sdxl import SdxlDecoder, vae_factor
 FOLDER_NAME = "diffusion-decoder"
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("bf16", "")
+UNET_SIZES = (
+    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
+    "norm_num_groups", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
+    "use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
+VAE_SIZES = (
+    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "latent_channels",
+    "norm_num_groups", "sample_size", "scaling_factor", "use_quant_conv", "use_post_quant_conv",
+)  # fmt: skip
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "steps_offset")
+"""In which decoders differ; all else is as diffusers has it."""
 VAE_ENCODER_PREFIXES = ("encoder.", "quant_conv.")  # not needed to turn latents into pixels
 
 
@@ -62,6 +74,7 @@ class SdxlDecoderCheckpoint:
             vae=open_shards(found / "vae", WEIGHTS, VARIANTS),
         )
         checkpoint._require_embedding_condition()
+        checkpoint._require_sensible_settings()
         require_matching("decoder's UNet", found / "unet", expected_shapes(checkpoint.empty_unet()), checkpoint.unet)
         require_matching("decoder's VAE", found / "vae", expected_shapes(checkpoint.empty_vae()), checkpoint.vae)
         return checkpoint
@@ -121,15 +134,33 @@ class SdxlDecoderCheckpoint:
         """diffusers' UNet2DConditionModel of this configuration, on the meta device."""
         from diffusers import UNet2DConditionModel
 
-        with torch.device("meta"):
+        with sensible("decoder's UNet", self.folder / "unet"), torch.device("meta"):
             return UNet2DConditionModel.from_config(dict(self.unet_config))
 
     def empty_vae(self):
         """diffusers' AutoencoderKL of this configuration, both halves, on the meta device."""
         from diffusers import AutoencoderKL
 
-        with torch.device("meta"):
+        with sensible("decoder's VAE", self.folder / "vae"), torch.device("meta"):
             return AutoencoderKL.from_config(dict(self.vae_config))
+
+    def _require_sensible_settings(self) -> None:
+        """Raises CheckpointError for what neither the building of the networks nor their tensors would show."""
+        from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+
+        unet, vae, scheduler = (self.folder / part for part in ("unet", "vae", "scheduler"))
+        require_countable(self.unet_config, len(self.unet), unet)
+        require_countable(self.vae_config, len(self.vae), vae)
+        require_plain(self.unet_config, UNet2DConditionModel, UNET_SIZES, unet)
+        require_plain(self.vae_config, AutoencoderKL, VAE_SIZES, vae)
+        number(self.vae_config, "scaling_factor", vae, low=1e-6, high=1e6, default=0.18215)
+        require_plain(self.scheduler_config, EulerDiscreteScheduler, SCHEDULE, scheduler)
+        whole(self.scheduler_config, "num_train_timesteps", scheduler, high=100_000, default=1000)
+        with sensible("decoder's scheduler", scheduler):
+            schedule = EulerDiscreteScheduler.from_config(dict(self.scheduler_config))
+            schedule.set_timesteps(2)
+            if not torch.isfinite(schedule.sigmas).all() or schedule.sigmas[0] <= 0:
+                raise ValueError(f"noise levels {schedule.sigmas.tolist()}")
 
     def _require_embedding_condition(self) -> None:
         config = self.unet_config
@@ -145,13 +176,10 @@ class SdxlDecoderCheckpoint:
 
 
 def _read_config(path: Path, class_name: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        found = config.get("_class_name")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing. Download the whole {FOLDER_NAME}/ folder.") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again.") from error
-    if found != class_name:
-        raise CheckpointError(f"{path}: describes {found!r}, expected {class_name}. This is not BLIP3-o's SDXL decoder.")
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing. Download the whole {FOLDER_NAME}/ folder.")
+    config = read_table(path)
+    if config.get("_class_name") != class_name:
+        raise CheckpointError(f"{path}: describes {config.get('_class_name')!r}, expected {class_name}. This is not BLIP3-o's SDXL "
+                              "decoder.")
     return config

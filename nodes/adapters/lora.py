@@ -12,6 +12,7 @@ from ...blip3o_core.lora.apply import updated_weight
 from ...blip3o_core.lora.files import LISTED, PREFIXES, QUERIES_KEY, Adapter, LoraFile
 from .diffusion_models import FlowModel
 from .hosting import HostedBackbone, Origin
+from .io_types import require_connected
 
 QUERIES = "latent_queries"
 NAMES = {"dit": "diffusion model", "language_model": "language model", QUERIES: "learned queries"}
@@ -57,6 +58,7 @@ def apply_lora(
 
     Raises: InputError if `model` isn't the BLIP3-o diffusion model, the file is of another base, or nothing of it fits.
     """
+    require_connected(model=model, **({} if backbone is None else {"backbone": backbone}))
     if not isinstance(model.model, FlowModel):
         raise InputError(f"this MODEL is {type(model.model).__name__}, not the BLIP3-o diffusion model. Connect the output model of Load "
                          "BLIP3-o Checkpoint; the decoder takes no BLIP3-o LoRA.")
