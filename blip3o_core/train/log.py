@@ -33,6 +33,8 @@ except ImportError:  # Windows
 
 FILE = "log.jsonl"
 GIB = 2**30
+NUMBERS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes", "seconds", "total_steps")
+LARGEST = 1e30  # of numbers that are read again: curves and sums of them stay finite
 SMOOTHING = 0.9  # of the loss on the console: weight of what came before
 
 
@@ -240,7 +242,7 @@ class _Console:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; none if there is no file. Lines that a killed process left unfinished are passed over."""
+    """The lines of log.jsonl; none if there is no file. Lines that a killed process left unfinished, or nobody wrote, are passed over."""
     try:
         raw = (folder / FILE).read_bytes()
     except FileNotFoundError:
@@ -251,11 +253,22 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     for text in raw.split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # JSONDecodeError, UnicodeDecodeError
+        except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
+        if isinstance(line, dict) and _is_sound(line):
             lines.append(line)
     return lines
+
+
+def _is_sound(line: dict[str, Any]) -> bool:
+    """Whether values have the types that this module writes."""
+    losses, config = line.get("losses") or {}, line.get("config") or {}
+    if not all(isinstance(value, dict) for value in (losses, config)) or type(line.get("step")) is not int:
+        return False
+    numbers = [line["step"], *(line.get(name) for name in NUMBERS), *losses.values()]
+    tables = [table for section in config.values() for table in (section if isinstance(section, list) else [section])]
+    return (isinstance(line.get("kind"), str) and all(isinstance(table, dict) for table in tables)
+            and all(value is None or (type(value) in (int, float) and abs(value) <= LARGEST) for value in numbers))  # fmt: skip
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

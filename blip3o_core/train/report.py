@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from ..errors import Blip3oError, ConfigError, InputError
 from ..files import write_text
+from ..images import load_image
 from .config import TrainConfig, print_config
 from .log import GIB, format_seconds, read_log
 from .options import build
@@ -233,7 +232,7 @@ def _facts(config: dict[str, Any], runs: list[dict[str, Any]], train: list[dict[
     facts = {
         "model": (config.get("model") or {}).get("path"),
         "method": _method(config),
-        "data": ", ".join(f"{data.get('path')} ({data.get('task')})" for data in config.get("data") or []),
+        "data": ", ".join(f"{data.get('path')} ({data.get('task')})" for data in _list(config.get("data"))),
         "steps": f"{done} of {total}" if total else done,
         "time": format_seconds(max((line.get("seconds") or 0.0 for line in train), default=0.0)) if train else "",
     }
@@ -249,25 +248,27 @@ def _facts(config: dict[str, Any], runs: list[dict[str, Any]], train: list[dict[
 def _method(config: dict[str, Any]) -> str:
     method, lora = (config.get("train") or {}).get("method"), config.get("lora") or {}
     if method == "lora":
-        parts = [*lora.get("parts", ()), *(["latent_queries"] if lora.get("latent_queries") else [])]
-        return f"LoRA, rank {lora.get('rank')}, on {', '.join(parts)}"
-    return f"full: {', '.join((config.get('train') or {}).get('parts', ()))}" if method == "full" else ""
+        parts = [*_list(lora.get("parts")), *(["latent_queries"] if lora.get("latent_queries") else [])]
+        return f"LoRA, rank {lora.get('rank')}, on {', '.join(map(str, parts))}"
+    return f"full: {', '.join(map(str, _list(config['train'].get('parts'))))}" if method == "full" else ""
 
 
 def _samples(folder: Path, config: dict[str, Any], pictures: list[dict[str, Any]]) -> str:
     figures = []
     for line in sorted(pictures, key=lambda line: line["step"]):
+        file = str(line.get("file"))
         try:
-            with Image.open(folder / str(line["file"])) as image:
-                width, height = image.size
-        except (OSError, KeyError):  # deleted by the user, or not written to the end
+            if not (folder / file).resolve().is_relative_to(folder.resolve()):
+                continue  # a log from elsewhere: the page shows nothing of this machine but its own folder
+            width, height = load_image(folder / file).size
+        except (InputError, OSError, ValueError):  # deleted by the user, not written to the end, or no name of a file
             continue
-        source = html.escape(quote(str(line["file"])), quote=True)
+        source = html.escape(quote(file), quote=True)
         figures.append(f'<figure><figcaption>step {line["step"]}</figcaption><a href="{source}"><img loading="lazy" src="{source}" '
                        f'width="{width}" height="{height}" alt="samples at step {line["step"]}"></a></figure>')
     if not figures:
         return ""
-    prompts = "".join(f"<li>{_text(prompt)}</li>" for prompt in (config.get("samples") or {}).get("prompts") or [])
+    prompts = "".join(f"<li>{_text(prompt)}</li>" for prompt in _list((config.get("samples") or {}).get("prompts")))
     return (f"<ol>{prompts}</ol>" if prompts else "") + "".join(figures)
 
 
@@ -289,6 +290,11 @@ def _section(title: str, content: str) -> str:
 
 def _name(config: dict[str, Any]) -> str:
     return str((config.get("output") or {}).get("name") or "")
+
+
+def _list(value: object) -> list[Any]:
+    """Of a log that another version wrote: nothing where there is no list."""
+    return value if isinstance(value, list) else []
 
 
 def _toml(config: dict[str, Any]) -> str:

@@ -122,7 +122,11 @@ def load_state(path: Path, config: dict[str, Any], base: str) -> RunState:
         if values.pop("format") != FORMAT:
             raise ValueError("unknown format")
         state = RunState(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, usual in asdict(RunState()).items():
+            value, kinds = getattr(state, name), (int, float) if isinstance(usual, float) else (type(usual),)
+            if type(value) not in kinds or (isinstance(usual, int | float) and not value >= 0):
+                raise ValueError(f"{name} is {value!r:.60}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrainingError(f"{path / STATE}: damaged ({error}). Resume from an older checkpoint in {path.parent}.") from error
     if state.base != base:
         raise TrainingError(f"{path}: trained from another model (fingerprint {state.base}, model.path has {base}). Give the model it "
@@ -155,7 +159,8 @@ def load_optimizer(path: Path) -> dict[str, Any]:
 
     try:
         return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+            pickle.UnpicklingError) as error:  # fmt: skip
         raise TrainingError(f"{path / OPTIMIZER}: damaged ({error}). Resume from an older checkpoint in {path.parent}.") from error
 
 

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import traceback
+from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
@@ -144,8 +145,46 @@ def conversation(text: str) -> None:
     Chat.from_json(model(), text).say("And now?", max_new_tokens=1)
 
 
+class _Page(HTMLParser):
+    """Fails for markup that no report has of itself: whatever a log says is text."""
+
+    TAGS = ("!doctype", "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "section", "details", "summary", "pre", "dl",
+            "dt", "dd", "div", "table", "tr", "th", "td", "svg", "line", "text", "polyline", "circle", "span", "i", "figure", "figcaption", "a",
+            "img", "ol", "li")  # fmt: skip
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        assert tag in self.TAGS, f"the report has a <{tag}>"
+        for name, value in attributes:
+            assert not name.startswith("on") and name not in ("srcdoc", "action", "formaction"), f"the report has an attribute {name}"
+            if name in ("href", "src"):
+                assert not re.match(r"[^/?#]*:|//", value or ""), f"the report has a link to {value}"
+
+    handle_startendtag = handle_starttag
+
+
+def report(folder: str) -> None:
+    """The page of a run, from its log."""
+    from blip3o_core.train.report import write_report
+
+    page = _Page()
+    page.feed(write_report(Path(folder)).read_text("utf-8"))
+    page.close()
+
+
+def resumed(folder: str, base: str) -> None:
+    """What a run reads of a checkpoint when it goes on."""
+    from blip3o_core.train.state import load_optimizer, load_state, load_tensors
+
+    state = load_state(Path(folder), {}, base)
+    assert state.step >= 0 and state.position >= 0 and state.seconds >= 0
+    assert all(isinstance(table, dict) for table in (state.broken, state.config, state.topology))
+    load_tensors(Path(folder), {"weight": torch.zeros(4, 2)})
+    load_optimizer(Path(folder))
+
+
 TARGETS = {function.__name__: function for function in (
     checkpoint, sana_decoder, vision_tower, lora, peft_folder, training_options, picture, tensor, prompt, conversation,
+    report, resumed,
 )}  # fmt: skip
 
 

@@ -191,3 +191,30 @@ def test_names_of_files_that_are_no_text_do_not_break_the_page(tmp_path, page):
     with RunLog(tmp_path, total_steps=1, start_step=0, config={}, resumed=False) as run:
         run.event(0, "skipped \udcff.jpg")
     assert "skipped ?.jpg" in page(tmp_path).text
+
+
+@pytest.mark.parametrize("line", [
+    {"kind": "train", "step": True, "loss": 1.0}, {"kind": "train", "step": 10**40}, {"kind": ["train"], "step": 1},
+    {"kind": "train", "step": 1, "loss": "low"}, {"kind": "train", "step": 1, "loss": 1e308},
+    {"kind": "validation", "step": 1, "losses": [1]},
+    {"kind": "validation", "step": 1, "losses": {"edit": {}}}, {"kind": "run", "step": 0, "config": {"model": 5}},
+    {"kind": "run", "step": 0, "config": {"data": [5]}}, {"kind": "run", "step": 0, "config": {"train": {"method": "full", "parts": 5}}},
+    {"kind": "run", "step": 0, "config": {"train": {"method": "lora"}, "lora": {"parts": {}}, "samples": {"prompts": 5}}},
+    {"kind": "pictures", "step": 1, "file": "a\0.png"}, {"kind": "pictures", "step": 1, "file": "log.jsonl"},
+], ids=str)  # fmt: skip
+def test_lines_that_nobody_wrote_do_not_end_in_a_traceback(tmp_path, line, page):
+    """Found by fuzzing."""
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "train", "step": 2, "loss": 0.25}) + "\n" + json.dumps(line) + "\n", "utf-8")
+    assert lengths(page(tmp_path))[0] == 1
+
+
+def test_pictures_outside_of_the_folder_are_not_shown(tmp_path, page):
+    run = tmp_path / "run"
+    run.mkdir()
+    for place in (tmp_path, run):
+        Image.new("RGB", (9, 9)).save(place / "a.png")
+    (run / "link.png").symlink_to(tmp_path / "a.png")
+    files = ("a.png", "../a.png", str(tmp_path / "a.png"), "link.png")
+    lines = [{"kind": "pictures", "step": step, "file": file} for step, file in enumerate(files)]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    assert [image["src"] for image in page(run).all("img")] == ["a.png"]
