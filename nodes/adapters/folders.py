@@ -96,8 +96,16 @@ def _candidates() -> list[tuple[str, Path]]:
     for root in map(Path, folder_paths.get_folder_paths(FOLDER_TYPE)):
         level = [root] if root.is_dir() else []
         for _ in range(MAX_DEPTH):
-            level = [child for parent in level for child in parent.iterdir() if child.is_dir() and child.name[:1] != "."]
+            level = [child for parent in level for child in _folders_in(parent)]
             for child in level:
                 found.setdefault(child.relative_to(root).as_posix(), child)
     found.setdefault("nano", NANO_FOLDER)  # in this package, so that everything runs before anything is downloaded
     return list(found.items())
+
+
+def _folders_in(parent: Path) -> list[Path]:
+    """Without hidden ones. One that may not be read is empty, so that it takes no other from the lists."""
+    try:
+        return [child for child in parent.iterdir() if child.is_dir() and child.name[:1] != "."]
+    except OSError:
+        return []

@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
-from ...blip3o_core.errors import InputError
+from ...blip3o_core.errors import InputError, readable
 from ...blip3o_core.lora.apply import updated_weight
 from ...blip3o_core.lora.files import LISTED, PREFIXES, QUERIES_KEY, Adapter, LoraFile
 from .diffusion_models import FlowModel
@@ -169,7 +169,7 @@ def report(lora: LoraFile, source: str, fits: Mapping[str, Fit], strengths: Mapp
             strength = f"strength {strengths[component]:g}" if strengths[component] else "strength 0, unchanged"
             lines.append(f"{name}: {part.matched} of {total} matched, {strength}")
         lines += [f"  not matched: {key}" for key in part.unmatched]
-    return "\n".join(lines)
+    return readable("\n".join(lines))
 
 
 def parameters_in(lora: LoraFile, component: str) -> int:
