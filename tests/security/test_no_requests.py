@@ -1,5 +1,6 @@
 """The guard that keeps tests from the network works: in this process, in every child process, and for whoever swallows errors."""
 
+import ast
 import re
 import socket
 import subprocess
@@ -78,3 +79,16 @@ def test_no_test_starts_python_without_the_guard():
             if re.search(r"""["']PYTHONPATH["']""", line) and file != Path(__file__):
                 allowed = {"conftest.py": "python_path(", "comfy_server.py": '"offline"', "hosts.py": "if name !="}
                 assert allowed.get(file.name, "python_path(") in line, f"{file}: {line.strip()}"
+
+
+NETWORK = {"socket", "http", "requests", "httpx", "aiohttp", "urllib3", "ftplib", "smtplib", "huggingface_hub"}
+
+
+def test_only_the_download_can_reach_the_network():
+    """What talks to other machines is imported in one place, which runs when somebody asks for a model by name."""
+    for file in [*(REPOSITORY / "blip3o_core").rglob("*.py"), *(REPOSITORY / "nodes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            absolute = isinstance(node, ast.ImportFrom) and not node.level
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if absolute else []
+            reaches = [name for name in names if name.split(".")[0] in NETWORK or name == "urllib.request"]
+            assert not reaches or file.is_relative_to(REPOSITORY / "blip3o_core" / "hub"), f"{file} imports {reaches}"

@@ -23,7 +23,7 @@ from blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from ..conftest import REPOSITORY
 from .payload import PICKLES, Payload, write_pickle
 
-EVA = REPOSITORY / "tests" / "data" / "sdxl" / "eva_clip_vision_tower"
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 @pytest.fixture
@@ -32,9 +32,6 @@ def ran(tmp_path) -> Path:
     pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
     (tmp_path / "ran").rmdir()
     return tmp_path / "ran"
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 @pytest.mark.parametrize("kind", PICKLES)
