@@ -160,6 +160,8 @@ class Blip3oCheckpoint:
         Raises CheckpointError for an unknown setting.
         """
         settings = self.config.get("drawing", {})
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: drawing is {settings!r:.60}, not a table of settings.")
         known = {field.name: field.type for field in fields(DrawingDefaults)}
         for name, value in settings.items():
             if name not in known or not isinstance(value, int if known[name] is int else int | float) or value <= 0:

@@ -20,9 +20,14 @@ TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.
 RAW = st.one_of(st.none(), st.none(), st.none(), st.none(), byte_changes())
 
 
+OURS = {"image_side": 56, "drawing": {"steps": 2, "guidance_scale": 2.0, "width": 64}, "gen_vision_config": {"head_width": 12}}
+"""Keys of config.json that only models made with this package have."""
+
+
 def document(file: Path, changes, raw) -> bytes:
     """A configuration with changed values, as text or, where `raw` says so, with changed bytes."""
-    text = json.dumps(changed(json.loads(file.read_text("utf-8")), changes)).encode()
+    whole = json.loads(file.read_text("utf-8")) | (OURS if file == CHECKPOINT / "config.json" else {})
+    text = json.dumps(changed(whole, changes)).encode()
     return text if raw is None else damaged(text, raw)
 
 

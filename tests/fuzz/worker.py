@@ -149,8 +149,8 @@ class _Page(HTMLParser):
     """Fails for markup that no report has of itself: whatever a log says is text."""
 
     TAGS = ("!doctype", "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "section", "details", "summary", "pre", "dl",
-            "dt", "dd", "div", "table", "tr", "th", "td", "svg", "line", "text", "polyline", "circle", "span", "i", "figure", "figcaption", "a",
-            "img", "ol", "li")  # fmt: skip
+            "dt", "dd", "div", "table", "tr", "th", "td", "svg", "line", "text", "polyline", "circle", "span", "i", "figure", "figcaption",
+            "a", "img", "ol", "li")  # fmt: skip
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         assert tag in self.TAGS, f"the report has a <{tag}>"

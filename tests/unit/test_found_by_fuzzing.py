@@ -95,6 +95,7 @@ def test_a_diffusion_transformer_without_heads(checkpoint_copy, edit_tensors):
     ({"hidden_act": ["silu"]}, "hidden_act is"),
     ({"max_position_embeddings": 0}, "max_position_embeddings is 0"), ({"text_config": 5}, "text_config is 5"),
     ({"vocab_size": 2**62}, "vocab_size is"),
+    ({"drawing": 5}, "drawing is 5"), ({"drawing": {"solver": []}}, "drawing.solver"), ({"drawing": {"width": 0}}, "drawing.width"),
     ({"image_side": 28 * 10**6}, "image_side is"),
 ])  # fmt: skip
 def test_a_configuration_of_nonsense(checkpoint_copy, changes, message):
