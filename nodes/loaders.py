@@ -43,6 +43,10 @@ class Blip3oCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        return folders.is_offered(checkpoint, folders.list_checkpoints())
+
+    @classmethod
     def fingerprint_inputs(cls, checkpoint: str) -> str:
         return folders.fingerprint(folders.resolve(checkpoint))
 
@@ -79,6 +83,10 @@ class Blip3oSDXLDecoderLoader(io.ComfyNode):
                 io.Vae.Output(display_name="vae", tooltip="The decoder's VAE; a native VAE for VAE Decode."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, decoder: str | None = None) -> bool | str:
+        return folders.is_offered(decoder, folders.list_sdxl_decoders())
 
     @classmethod
     def fingerprint_inputs(cls, decoder: str) -> str:
@@ -129,6 +137,10 @@ class Blip3oSANADecoderLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, decoder: str | None = None) -> bool | str:
+        return folders.is_offered(decoder, folders.list_sana_decoders())
+
+    @classmethod
     def fingerprint_inputs(cls, decoder: str, positions: str = AUTOMATIC, scheduler: str = AUTOMATIC) -> str:
         return folders.fingerprint(folders.resolve(decoder))
 
@@ -160,6 +172,10 @@ class Blip3oVisionEncoderLoader(io.ComfyNode):
             ],
             outputs=[io_types.VisionEncoder.Output(display_name="vision_encoder", tooltip="For BLIP3-o Image Encode.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vision_encoder: str | None = None) -> bool | str:
+        return folders.is_offered(vision_encoder, folders.list_vision_encoders())
 
     @classmethod
     def fingerprint_inputs(cls, vision_encoder: str) -> str:

@@ -55,6 +55,10 @@ class Blip3oLoraLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return folders.is_offered(lora_name, folders.list_loras(), "models/loras")
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others) -> str:
         return folders.fingerprint(folders.resolve_lora(lora_name))
 

@@ -50,6 +50,17 @@ def list_loras() -> list[str]:
     return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
 
 
+def is_offered(name: str | None, names: list[str], folder: str = f"models/{FOLDER_TYPE}") -> bool | str:
+    """For validate_inputs: True, or why a name can't be opened and what to do, which the host's own check of a list doesn't say.
+
+    None stands for an input that is linked: its value is not known yet.
+    """
+    if name is None or name in names:
+        return True
+    instead = f", or pick what is there: {', '.join(names[:8])}" if names else ""
+    return f"{name!r} is not in {folder}. Put it there and press R to refresh the list{instead}."
+
+
 def resolve_lora(name: str) -> Path:
     """The file of a picked LoRA. Raises CheckpointError for a name that the listing doesn't have."""
     if name not in list_loras():
