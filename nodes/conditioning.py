@@ -19,17 +19,17 @@ class Blip3oTextEncode(io.ComfyNode):
             node_id="Blip3oTextEncode",
             display_name="BLIP3-o Text Encode",
             category="BLIP3-o/conditioning",
-            description="Lets the backbone read a prompt and returns the states of its 64 queries, which guide the BLIP3-o "
-            "diffusion model.",
-            search_aliases=["BLIP3o prompt", "CLIP Text Encode BLIP3-o"],
+            description="Lets the backbone read a prompt, alone or with pictures to edit, and returns the states of its 64 queries, "
+            "which guide the BLIP3-o diffusion model.",
+            search_aliases=["BLIP3o prompt", "CLIP Text Encode BLIP3-o", "edit image BLIP3-o"],
             inputs=[
                 io_types.Backbone.Input("backbone", tooltip="From Load BLIP3-o Checkpoint."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the picture should show, in whole sentences. Special tokens such as <|im_end|> are read as "
-                    "plain text. The model was trained on up to about 400 tokens.",
+                    tooltip="What the picture should show, in whole sentences; with pictures, what to change. Special tokens are read "
+                    "as plain text. The model was trained on up to about 400 tokens.",
                 ),
                 io.Boolean.Input(
                     "template",

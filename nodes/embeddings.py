@@ -83,7 +83,7 @@ class Blip3oMixEmbeddings(io.ComfyNode):
             display_name="BLIP3-o Mix Embeddings",
             category="BLIP3-o/embeddings",
             description="Arithmetic on meaning: a picture between two others, or one changed as two others differ.",
-            search_aliases=["blend embeddings", "semantic arithmetic", "interpolate latents"],
+            search_aliases=["BLIP3o blend", "semantic arithmetic", "interpolate latents"],
             inputs=[
                 io.Latent.Input("a", tooltip="An embedding, sampled or from BLIP3-o Image Encode."),
                 io.Latent.Input("b", tooltip="Another embedding of the same model."),
@@ -120,7 +120,7 @@ class Blip3oEmbeddingPreview(io.ComfyNode):
             display_name="BLIP3-o Embedding Preview",
             category="BLIP3-o/embeddings",
             description="Shows an embedding as a colour map of its three principal components: which of its 8 x 8 places mean alike.",
-            search_aliases=["show embedding", "PCA preview"],
+            search_aliases=["BLIP3o preview", "show embedding", "PCA preview"],
             is_output_node=True,
             inputs=[io.Latent.Input("embedding", tooltip="An embedding, sampled, encoded or mixed.")],
             outputs=[io.Image.Output(display_name="image", tooltip="One colour map per embedding, 256 x 256 pixels.")],

@@ -146,7 +146,7 @@ class Session:
             raise InputError("nothing to draw. Write: /draw PROMPT.")
         folder, seed = self.args.output, self.next_seed
         require_writable([folder], folder)
-        settings = embedding_settings(self.args, self.pipe.drawing) | decoder_settings(self.args, self.pipe)
+        settings = embedding_settings(self.args, self.pipe) | decoder_settings(self.args, self.pipe)
         recipe = {"command": "chat", "prompt": prompt, "seed": seed, "edit": bool(self.attached or self.chat.last_image), **settings}
         self.bars.title = ""
         with memory_errors(self.pipe.device, "drawing", DRAWING_ADVICE):

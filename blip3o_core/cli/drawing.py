@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png",)
 SLUG_LENGTH = 40
+SOLVER_NAMES = ("dpmpp_2m", "euler", "ab2", "heun")  # of sampling.solvers.SOLVERS, which takes torch to import
 OWN = "default: {} for published models, others say their own"
 DRAWING_ADVICE = "Lower --batch-size, --width and --height."
 
@@ -50,12 +51,17 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, per: str) -> None:
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the embedding")
-    group.add_argument("--steps", type=int, metavar="N", help=f"steps of the embedding, 1..1000 ({OWN.format(30)})")
+    group.add_argument("--solver", choices=SOLVER_NAMES, help="of the embedding: dpmpp_2m is second order, faster and closer to the exact "
+                       "solution than the reference, which is euler; ab2 and heun are second order too, heun with two calls a step "
+                       f"({OWN.format('dpmpp_2m')})")  # fmt: skip
+    group.add_argument("--steps", type=int, metavar="N", help="steps of the embedding, 1..1000 (default: what the solver is meant for: "
+                       "dpmpp_2m 12, euler 30, heun 15, ab2 20)")  # fmt: skip
+    group.add_argument("--schedule", choices=("linear", "cosine"), help="how the steps are spaced (default: as the solver is meant "
+                       "for: cosine for dpmpp_2m and heun, else linear)")  # fmt: skip
     group.add_argument("--guidance-scale", type=float, metavar="G",
                        help=f"how strictly the embedding follows the prompt; 1 is no guidance ({OWN.format('3.0')})")
-    group.add_argument("--solver", default="euler", choices=("euler", "ab2", "heun"),
-                       help="of the embedding: euler is the reference; ab2 is second order at the same cost, heun at twice "
-                       "the cost (default: %(default)s)")
+    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
+                       help="noise levels in 0..1 between which guidance is used; steps outside cost half (default: 0 1, all)")
 
 
 def add_decoder_arguments(parser: argparse.ArgumentParser, *, zero_image: bool = False) -> None:
@@ -75,9 +81,11 @@ def add_decoder_arguments(parser: argparse.ArgumentParser, *, zero_image: bool =
     group.add_argument("--height", type=int, metavar="N", help=f"pixels, a multiple of 8 ({OWN.format(1024)})")
 
 
-def embedding_settings(args: argparse.Namespace, own: "DrawingDefaults") -> dict[str, Any]:
-    """Names as in the pipeline. own: of the checkpoint, for what was not said."""
-    return _chosen(args, own, ("steps", "guidance_scale")) | {"solver": args.solver}
+def embedding_settings(args: argparse.Namespace, pipe: "Blip3oPipeline") -> dict[str, Any]:
+    """Names as in the pipeline; what was not said is the checkpoint's own. Raises InputError for values that make no sense."""
+    solver, steps, schedule = pipe.sampler(args.solver, args.steps, args.schedule)
+    return _chosen(args, pipe.drawing, ("guidance_scale",)) | {
+        "solver": solver, "steps": steps, "schedule": schedule, "guidance_interval": list(args.guidance_interval)}  # fmt: skip
 
 
 def decoder_settings(args: argparse.Namespace, pipe: "Blip3oPipeline", *, reconstructing: bool = False) -> dict[str, Any]:

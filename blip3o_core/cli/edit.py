@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args, [f"{args.image.stem} {' '.join(args.instruction)}"])
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
-        shared = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe)
+        shared = embedding_settings(args, pipe) | decoder_settings(args, pipe)
         settings = shared | {"strength": args.strength, "positions": args.positions}
         recipe = {"command": "edit", "source": args.image.name, "instructions": args.instruction, **settings}
         if args.further_images:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, OutputError
 from ..files import require_writable, whole_file, write_text
+from .drawing import SOLVER_NAMES
 from .options import add_model_arguments, add_vision_encoder_argument, memory_errors, open_pipeline
 from .progress import ProgressBars
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in (("steps", int), ("guidance-scale", float), ("decoder-steps", int), ("decoder-guidance-scale", float),
                        ("width", int), ("height", int)):  # fmt: skip
         drawing.add_argument(f"--{name}", type=kind, metavar="N", help="as of generate")
-    drawing.add_argument("--solver", choices=("euler", "ab2", "heun"), help="as of generate")
+    drawing.add_argument("--solver", choices=SOLVER_NAMES, help="as of generate")
 
 
 def run(args: argparse.Namespace) -> None:

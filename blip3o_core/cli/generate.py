@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args, prompts)
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars)
-        settings = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe)
+        settings = embedding_settings(args, pipe) | decoder_settings(args, pipe)
         pipe.check_generate(prompts, seeds=[job.seed for job in jobs], **settings)
         draw_jobs(
             args, pipe, bars, jobs,

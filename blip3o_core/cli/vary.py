@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args, [f"{path.stem} varied" for path in args.image])
     with ProgressBars() as bars:
         pipe = open_pipeline(args, bars, args.vision_encoder)
-        shared = embedding_settings(args, pipe.drawing) | decoder_settings(args, pipe)
+        shared = embedding_settings(args, pipe) | decoder_settings(args, pipe)
         settings = shared | {"strength": args.strength}
         pipe.check_generate([], seeds=[job.seed for job in jobs], **shared)
         if args.strength < 1:

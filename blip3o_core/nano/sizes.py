@@ -19,7 +19,7 @@ SPECIAL_TOKENS = (
     "[/IMG]", "<image>",
 )  # fmt: skip
 
-DRAWING = {"steps": 30, "guidance_scale": 3.0, "decoder_steps": 25, "decoder_guidance_scale": 1.0, "width": 128, "height": 128}
+DRAWING = {"guidance_scale": 3.0, "decoder_steps": 25, "decoder_guidance_scale": 1.0, "width": 128, "height": 128}
 """What pictures are drawn with by default. The decoder is not guided."""
 
 EVA = EvaClipConfig(image_size=128, patch_size=16, width=EMBEDDING_WIDTH, layers=6, head_width=12, mlp_dim=288, pooling=1)

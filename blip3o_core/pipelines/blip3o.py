@@ -26,8 +26,9 @@ from ..models.sdxl import SdxlDecoder
 from ..models.siglip2 import Siglip2
 from ..prompts import NULL_PROMPT, PromptTokenizer
 from ..runtime import resolve_device, resolve_dtype
-from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, SOLVERS, flow_sigmas, require_solver, truncate_timestep
+from ..sampling.flow_matching import NUM_TRAIN_TIMESTEPS, flow_sigmas, require_guidance_interval, truncate_timestep
 from ..sampling.noise import require_seed, seeded_noise
+from ..sampling.solvers import SOLVERS, require_solver
 from ..variants.blip3o import Blip3oCheckpoint, DrawingDefaults
 from ..variants.decoders import DecoderCheckpoint, open_decoder
 from ..variants.eva_clip import EvaClipCheckpoint
@@ -38,7 +39,7 @@ from .language import TRAINED_SIZE, encode_prompts
 from .residency import OFFLOADS, STAGES, choose, free_memory, others, require_offload, weight_bytes
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
-NULL_SEED, NULL_STEPS, NULL_GUIDANCE = 0, 30, 3.0  # of the null prompt's sample: those of the reference, with a seed
+NULL_SEED, NULL_GUIDANCE = 0, 3.0  # of the null prompt's sample: the guidance of the reference, and a seed
 MAX_DECODER_STEPS = 999
 MIN_SIDE, MAX_SIDE = 64, 4096
 
@@ -277,27 +278,30 @@ class Blip3oPipeline:
 
     @torch.inference_mode()
     def sample_embeddings(
-        self, q: Tensor, *, steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", shift: float = 1.0,
-        truncate_timesteps: bool | None = None, noise: Tensor | None = None, seeds: Sequence[int] | None = None,
-        init: Tensor | None = None, strength: float = 1.0, on_step: OnStep | None = None, stage: str = "embedding",
+        self, q: Tensor, *, steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None, shift: float = 1.0,
+        schedule: str | None = None, guidance_interval: tuple[float, float] = (0.0, 1.0), truncate_timesteps: bool | None = None,
+        noise: Tensor | None = None, seeds: Sequence[int] | None = None, init: Tensor | None = None, strength: float = 1.0,
+        on_step: OnStep | None = None, stage: str = "embedding",
     ) -> Tensor:  # fmt: skip
         """Query states (B, Q, H) -> CLIP embeddings (B, C, 8, 8) float32.
 
         Args:
-            steps, guidance_scale: None takes the checkpoint's own, 30 and 3.0 if it was published. A guidance of 1 is none; above, the
-                null branch (zeros in place of q) runs too.
-            solver: "euler" (the reference), "ab2" (second order, same cost) or "heun" (second order, twice the cost).
+            solver: of SOLVERS. None takes the checkpoint's own, "dpmpp_2m" if it was published; "euler" is the reference.
+            steps, schedule: None takes those that the solver is meant for: 12 and "cosine" for dpmpp_2m, 30 and "linear" for euler.
+            guidance_scale: None takes the checkpoint's own, 3.0 if it was published. 1 is no guidance; above, the null branch (zeros in
+                place of q) runs too.
+            guidance_interval: lowest and highest sigma at which guidance is used; outside, a step costs half (arXiv:2404.07724).
             shift: of the schedule; 1.0 in the reference.
-            truncate_timesteps: integer timesteps as in the reference. None: for euler yes, else no, since a higher order
-                is lost on a velocity that is rounded in time.
+            truncate_timesteps: integer timesteps as in the reference; None takes what the solver is meant for.
             noise: (B, C, 8, 8) start noise; None draws it from `seeds`, one per row (default 0, 1, 2, ...).
             init, strength: an embedding (B or 1, C, 8, 8) to start from, noised so far that strength = 1 keeps nothing of it.
         Raises: InputError for values out of range, before anything is computed.
         """
-        steps, guidance_scale = _default(steps, self.drawing.steps), _default(guidance_scale, self.drawing.guidance_scale)
-        require_solver(solver)
+        solver, steps, schedule = self.sampler(solver, steps, schedule)
+        guidance_scale = _default(guidance_scale, self.drawing.guidance_scale)
         _require_guidance(guidance_scale)
-        sigmas = flow_sigmas(steps, shift, strength)
+        require_guidance_interval(guidance_interval)
+        sigmas = flow_sigmas(steps, shift, strength, schedule)
         if q.ndim != 3 or q.shape[-1] != self.checkpoint.dit_config.context_dim:
             raise InputError(f"query states have shape {tuple(q.shape)}, expected (batch, queries, "
                              f"{self.checkpoint.dit_config.context_dim}) as from encode_prompt.")
@@ -308,24 +312,44 @@ class Blip3oPipeline:
             x = sigmas[0] * x + (1 - sigmas[0]) * init.to(x)
         elif strength != 1:
             raise InputError(f"strength={strength} needs an embedding to start from: init.")
-        truncate = solver == "euler" if truncate_timesteps is None else truncate_timesteps
-        velocity = self._guided_velocity(q.to(self.device, self.dtype), guidance_scale, truncate)
+        truncate = _default(truncate_timesteps, SOLVERS[solver].whole_timesteps)
+        velocity = self._guided_velocity(q.to(self.device, self.dtype), guidance_scale, truncate, guidance_interval)
         watch = None if on_step is None else lambda done, total, _: on_step(stage, done, total)
-        return self._finite(SOLVERS[solver](velocity, x, sigmas, watch), "embedding")
+        return self._finite(SOLVERS[solver].sample(velocity, x, sigmas, watch), "embedding")
+
+    def sampler(self, solver: str | None = None, steps: int | None = None, schedule: str | None = None) -> tuple[str, int, str]:
+        """(solver, steps, schedule) with the checkpoint's own, or else the solver's own, in place of None. Raises InputError."""
+        own = self.drawing
+        solver = _default(solver, own.solver)
+        require_solver(solver)
+        steps = _default(steps, own.steps if solver == own.solver else SOLVERS[solver].steps)
+        return solver, steps, _default(schedule, SOLVERS[solver].schedule)
 
     @torch.inference_mode()
     def null_embedding(
-        self, *, seed: int = NULL_SEED, steps: int = NULL_STEPS, guidance_scale: float = NULL_GUIDANCE,
+        self, *, seed: int = NULL_SEED, steps: int | None = None, guidance_scale: float = NULL_GUIDANCE, solver: str | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:  # fmt: skip
         """Embedding of the null prompt (1, C, 8, 8): what the decoder is guided away from. Computed once per argument set."""
-        key = (seed, steps, guidance_scale)
+        solver, steps, _ = self.sampler(solver, steps)
+        key = (seed, solver, steps, guidance_scale)
         if key not in self._null_embeddings:
             self._null_embeddings[key] = self.sample_embeddings(
-                self._null_query_states(), steps=steps, guidance_scale=guidance_scale, seeds=[seed],
+                self._null_query_states(), steps=steps, guidance_scale=guidance_scale, solver=solver, seeds=[seed],
                 on_step=on_step, stage="null embedding",
             )  # fmt: skip
         return self._null_embeddings[key]
+
+    def sampled_negative(
+        self, negative: Tensor | str | None, decoder_guidance_scale: float | None, solver: str | None, on_step: OnStep | None = None
+    ) -> Tensor | str | None:
+        """`null_embedding`, by the solver of the pictures, where `negative` asks for it and the decoder is guided; else `negative`."""
+        return self.null_embedding(solver=solver, on_step=on_step) if self._needs_null(negative, decoder_guidance_scale) else negative
+
+    def _needs_null(self, negative: Tensor | str | None, decoder_guidance_scale: float | None) -> bool:
+        from_null_prompt = negative is None or isinstance(negative, str) and negative == "null_prompt"
+        guided = _default(decoder_guidance_scale, self.drawing.decoder_guidance_scale) > 1
+        return from_null_prompt and guided and not self._decoder_has_encoder
 
     def _null_query_states(self) -> Tensor:
         """Of the null prompt (1, Q, H), encoded once."""
@@ -383,7 +407,8 @@ class Blip3oPipeline:
 
     def generate(
         self, prompts: Sequence[str] | str, *, seeds: Sequence[int] | None = None, width: int | None = None, height: int | None = None,
-        steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", decoder_steps: int | None = None,
+        steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None, schedule: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), decoder_steps: int | None = None,
         decoder_guidance_scale: float | None = None, negative: Tensor | str | None = None, template: bool = True,
         output_type: str = "pil", on_step: OnStep | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
@@ -396,27 +421,28 @@ class Blip3oPipeline:
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per picture.")
         self.check_generate(prompts, seeds=seeds, width=width, height=height, steps=steps, guidance_scale=guidance_scale,
-                            solver=solver, decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale,
+                            solver=solver, schedule=schedule, guidance_interval=guidance_interval, decoder_steps=decoder_steps,
+                            decoder_guidance_scale=decoder_guidance_scale,
                             negative=negative, template=template, output_type=output_type)  # fmt: skip
         q = self.encode_prompt(prompts, template=template)
-        from_null_prompt = negative is None or isinstance(negative, str) and negative == "null_prompt"
-        needs_null = from_null_prompt and _default(decoder_guidance_scale, self.drawing.decoder_guidance_scale) > 1
-        if needs_null and not self._null_embeddings:  # while the backbone is there
-            self._null_query_states()
-        z = self.sample_embeddings(q, steps=steps, guidance_scale=guidance_scale, solver=solver, seeds=seeds, on_step=on_step)
-        if needs_null:  # while the DiT is there
-            self.null_embedding(on_step=on_step)
+        if self._needs_null(negative, decoder_guidance_scale):
+            self._null_query_states()  # while the backbone is there
+        z = self.sample_embeddings(q, steps=steps, guidance_scale=guidance_scale, solver=solver, schedule=schedule,
+                                   guidance_interval=guidance_interval, seeds=seeds, on_step=on_step)  # fmt: skip
+        negative = self.sampled_negative(negative, decoder_guidance_scale, solver, on_step)  # while the DiT is there
         return self.decode_embeddings(z, negative=negative, steps=decoder_steps, guidance_scale=decoder_guidance_scale,
                                       width=width, height=height, seeds=seeds, output_type=output_type, on_step=on_step)  # fmt: skip
 
     def check_generate(
         self, prompts: Sequence[str], *, seeds: Sequence[int], width: int | None = None, height: int | None = None,
-        steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler", decoder_steps: int | None = None,
+        steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None, schedule: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), decoder_steps: int | None = None,
         decoder_guidance_scale: float | None = None, negative: Tensor | str | None = None, template: bool = True,
         output_type: str = "pil",
     ) -> None:  # fmt: skip
         """Raises what `generate` would raise for these arguments, without loading or computing anything."""
-        steps, guidance_scale = _default(steps, self.drawing.steps), _default(guidance_scale, self.drawing.guidance_scale)
+        _, steps, schedule = self.sampler(solver, steps, schedule)
+        guidance_scale = _default(guidance_scale, self.drawing.guidance_scale)
         decoding = self._decoding_defaults(decoder_steps, decoder_guidance_scale, width, height)
         self._prompt_ids(prompts, template=template)
         if prompts and self.decoder_checkpoint is not None and self.decoder_checkpoint.embedding_width != self.embedding_width:
@@ -424,9 +450,9 @@ class Blip3oPipeline:
                              f"embeddings of width {self.embedding_width} from prompts. Draw prompts with an SDXL decoder.")
         for seed in seeds:
             require_seed(seed)
-        require_solver(solver)
-        flow_sigmas(steps)
+        flow_sigmas(steps, schedule=schedule)
         _require_guidance(guidance_scale)
+        require_guidance_interval(guidance_interval)
         self._require_decoding_arguments(*decoding, negative, output_type)
 
     @torch.inference_mode()
@@ -554,20 +580,21 @@ class Blip3oPipeline:
         """The context less `[IMG]` and the queries."""
         return self.context_tokens - 1 - self.checkpoint.num_queries
 
-    def _guided_velocity(self, q: Tensor, guidance_scale: float, truncate: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _guided_velocity(
+        self, q: Tensor, guidance_scale: float, truncate: bool, interval: tuple[float, float] = (0.0, 1.0)
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity the solvers integrate. Conditions are projected here, once for all steps."""
         dit = self.dit
-        guided = guidance_scale != 1
         condition = dit.encode_condition(q)
-        if guided:  # the reference puts the null branch first
-            condition = condition.after_null(dit.encode_null(q))
+        with_null = condition.after_null(dit.encode_null(q)) if guidance_scale != 1 else None  # the reference puts the null branch first
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            guided = with_null is not None and interval[0] <= sigma <= interval[1]
             x = x.to(self.dtype)
             x = torch.cat((x, x)) if guided else x
             timestep = sigma * NUM_TRAIN_TIMESTEPS
             timestep = (truncate_timestep(timestep) if truncate else timestep).to(self.device).expand(len(x))
-            v = dit.denoise(x, timestep, condition).float()
+            v = dit.denoise(x, timestep, with_null if guided else condition).float()
             if not guided:
                 return v
             v_null, v_condition = v.chunk(2)

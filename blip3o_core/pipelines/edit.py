@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 def edit(
     pipe: "Blip3oPipeline", images: Sequence, instructions: Sequence[str | Sequence[str]] | str, *, seeds: Sequence[int] | None = None,
-    strength: float = 1.0, steps: int | None = None, guidance_scale: float | None = None, solver: str = "euler",
-    decoder_steps: int | None = None, decoder_guidance_scale: float | None = None, negative=None, width: int | None = None,
+    strength: float = 1.0, steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None,
+    schedule: str | None = None, guidance_interval: tuple[float, float] = (0.0, 1.0), decoder_steps: int | None = None,
+    decoder_guidance_scale: float | None = None, negative=None, width: int | None = None,
     height: int | None = None, positions: str = "arange", image_size: tuple[int, int] | str | None = TRAINED_SIZE, on_step=None,
 ) -> list[Image.Image]:  # fmt: skip
     """Image-conditioned generation: the backbone sees the picture and reads the instruction.
@@ -47,9 +48,11 @@ def edit(
             require_text(instruction)
     flat = [instruction for chain in chains for instruction in chain]
     decoding = dict(decoder_steps=decoder_steps, decoder_guidance_scale=decoder_guidance_scale, width=width, height=height)
-    pipe.check_generate(flat, seeds=seeds, steps=steps, guidance_scale=guidance_scale, solver=solver, negative=negative, **decoding)
+    pipe.check_generate(flat, seeds=seeds, steps=steps, guidance_scale=guidance_scale, solver=solver, schedule=schedule,
+                        guidance_interval=guidance_interval, negative=negative, **decoding)  # fmt: skip
 
-    flow_sigmas(pipe.drawing.steps if steps is None else steps, strength=strength)
+    _, steps, schedule = pipe.sampler(solver, steps, schedule)
+    flow_sigmas(steps, strength=strength, schedule=schedule)
     if strength < 1:
         pipe.require_vision_encoder()
 
@@ -60,9 +63,10 @@ def edit(
                                image_size=image_size, positions=positions)  # fmt: skip
         own_seeds = [seeds[index] for index in todo]
         init = None if strength == 1 else pipe.embed_image([results[index] for index in todo])
-        z = pipe.sample_embeddings(q, steps=steps, guidance_scale=guidance_scale, solver=solver, seeds=own_seeds, init=init,
-                                   strength=strength, on_step=on_step)  # fmt: skip
-        drawn = pipe.decode_embeddings(z, negative=negative, steps=decoder_steps, guidance_scale=decoder_guidance_scale, width=width,
+        z = pipe.sample_embeddings(q, steps=steps, guidance_scale=guidance_scale, solver=solver, schedule=schedule, strength=strength,
+                                   guidance_interval=guidance_interval, seeds=own_seeds, init=init, on_step=on_step)  # fmt: skip
+        away = pipe.sampled_negative(negative, decoder_guidance_scale, solver, on_step)
+        drawn = pipe.decode_embeddings(z, negative=away, steps=decoder_steps, guidance_scale=decoder_guidance_scale, width=width,
                                        height=height, seeds=own_seeds, on_step=on_step)  # fmt: skip
         for index, picture in zip(todo, drawn, strict=True):
             results[index] = picture

@@ -1,4 +1,4 @@
-"""DPM-Solver++ of order 2 (arXiv:2211.01095, midpoint) for flow models, as the published SANA decoder samples.
+"""DPM-Solver++ of order 2 (arXiv:2211.01095, midpoint) for flow models: our default for embeddings, and how SANA decoders sample.
 
 x_sigma = (1 - sigma) * data + sigma * noise; the network predicts the velocity noise - data at an integer timestep. Equal to diffusers'
 DPMSolverMultistepScheduler with flow sigmas, lower_order_final and a final sigma of zero.
@@ -10,6 +10,7 @@ from torch import Tensor
 from .flow_matching import NUM_TRAIN_TIMESTEPS, OnStep, Velocity, flow_sigmas
 
 FLOW_SHIFT = 3.0  # of SANA 512 px
+_ALMOST_NOISE = 0.9999
 _HIGHEST = 1 - 1 / NUM_TRAIN_TIMESTEPS  # of an unshifted schedule: the first step is not quite pure noise
 
 
@@ -30,8 +31,12 @@ def sample_dpm_solver(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: On
     """One network call a step; the estimate of the data before is used again.
 
     Args:
-        velocity: takes sigma () float64. x: (B, C, H, W) float32 noise. sigmas: as from `dpm_sigmas`.
+        velocity: takes sigma () float64. x: (B, C, H, W) float32 noise. sigmas: as from `dpm_sigmas` or `flow_sigmas`; a first sigma of
+            1, whose signal-to-noise ratio has no logarithm, is taken for 0.9999, as ComfyUI does (or higher, if the second one is).
     """
+    sigmas = sigmas.double()
+    if sigmas[0] >= 1:
+        sigmas = torch.cat((((1 + sigmas[1:2]) / 2).clamp_min(_ALMOST_NOISE), sigmas[1:]))
     log_ratio = torch.log((1 - sigmas) / sigmas)  # half the log of the signal-to-noise ratio; infinite at the end
     previous: Tensor | None = None
     for i in range(len(sigmas) - 1):

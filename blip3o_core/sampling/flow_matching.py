@@ -4,6 +4,7 @@ The network predicts the velocity noise - data = dx / dsigma, at timestep 1000 *
 rectified flow, arXiv:2209.03003, sec. 2. Everything here is float32, whatever the dtype of the network.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,14 +23,16 @@ OnStep = Callable[[int, int, Tensor], None]
 """(steps done, steps in all, estimate of the result): progress and previews; raise in it to cancel."""
 
 
-def flow_sigmas(steps: int, shift: float = 1.0, strength: float = 1.0) -> Tensor:
+def flow_sigmas(steps: int, shift: float = 1.0, strength: float = 1.0, schedule: str = "linear") -> Tensor:
     """(steps + 1,) float32, falling to 0.
 
     Args:
         shift: above 1 spends more steps near the noise.
         strength: 1 starts from pure noise; below, the schedule is the end of a longer one (as ComfyUI's `denoise`), for a
             start between data and noise.
-    Raises: InputError unless 1 <= steps <= 1000, shift > 0 and 0 < strength <= 1.
+        schedule: "linear" as the reference; "cosine" is dense at both ends, where the network's estimate of the data turns fastest:
+            sigma = (1 - cos(pi * u)) / 2, and starts at sigma = strength.
+    Raises: InputError unless 1 <= steps <= 1000, shift > 0, 0 < strength <= 1 and the schedule is one of SCHEDULES.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps={steps!r} is not an integer in 1..{MAX_STEPS}.")
@@ -37,8 +40,14 @@ def flow_sigmas(steps: int, shift: float = 1.0, strength: float = 1.0) -> Tensor
         raise InputError(f"shift={shift!r} is not a positive number; the published models use 1.0.")
     if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise InputError(f"strength={strength!r} is not in 0..1; 1 keeps nothing of the start.")
-    total = int(steps / strength)
-    sigma = torch.arange(total, 0, -1, dtype=torch.float64)[-steps:] / total
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule {schedule!r} is unknown. Use one of {', '.join(SCHEDULES)}.")
+    if schedule == "cosine":
+        start = math.acos(1 - 2 * strength)
+        sigma = (1 - torch.cos(start * torch.arange(steps, 0, -1, dtype=torch.float64) / steps)) / 2
+    else:
+        total = int(steps / strength)
+        sigma = torch.arange(total, 0, -1, dtype=torch.float64)[-steps:] / total
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return torch.cat((sigma, sigma.new_zeros(1))).float()
 
@@ -81,13 +90,14 @@ def sample_ab2(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | 
     return x
 
 
-SOLVERS = {"euler": sample_euler, "heun": sample_heun, "ab2": sample_ab2}
+SCHEDULES = ("linear", "cosine")
 
 
-def require_solver(name: str) -> None:
-    """Raises InputError for a name that is not in SOLVERS."""
-    if name not in SOLVERS:
-        raise InputError(f"solver {name!r} is unknown. Use one of {', '.join(SOLVERS)}.")
+def require_guidance_interval(interval: tuple[float, float]) -> None:
+    """Raises InputError unless 0 <= low < high <= 1."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise InputError(f"guidance_interval={low!r}, {high!r} is not two sigmas in 0..1, the lower one first.")
 
 
 def _report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, velocity: Tensor) -> None:

@@ -193,7 +193,7 @@ class SampleOptions:
     prompts: tuple[str, ...] = option((), "what is drawn; a prompt with a picture below is an edit instruction")
     images: tuple[str, ...] = option((), "for each prompt the picture that it edits, empty strings for none")
     seed: int = option(0, "the same for every prompt and time, so that only the weights differ", minimum=0)
-    steps: int = option(20, "of the embedding", minimum=1, maximum=1000)
+    steps: int = option(12, "of the embedding", minimum=1, maximum=1000)
     guidance_scale: float = option(3.0, "of the embedding", minimum=0, maximum=100)
     decoder_steps: int = option(20, "of the picture", minimum=1, maximum=999)
     decoder_guidance_scale: float = option(3.0, "of the picture; 1 needs no null embedding and half the time", minimum=0, maximum=100)

@@ -21,6 +21,7 @@ from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.quantised import adopt_quantised
 from ..models.qwen2_5_vl import Backbone, TiedHead, VisionTower, text_config, vision_config
 from ..prompts import PromptTokenizer
+from ..sampling.solvers import DEFAULT_SOLVER, SOLVERS
 from . import split
 from .eva_clip import EvaClipCheckpoint
 
@@ -58,9 +59,10 @@ TASKS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingDefaults:
-    """Settings of both stages; these are the reference's."""
+    """Settings of both stages. Those of the decoder and the guidance are the reference's; the reference's solver is euler with 30 steps."""
 
-    steps: int = 30
+    solver: str = DEFAULT_SOLVER
+    steps: int = SOLVERS[DEFAULT_SOLVER].steps
     guidance_scale: float = 3.0
     decoder_steps: int = 50
     decoder_guidance_scale: float = 3.0
@@ -164,7 +166,11 @@ class Blip3oCheckpoint:
             raise CheckpointError(f"{self.folder / 'config.json'}: drawing is {settings!r:.60}, not a table of settings.")
         known = {field.name: field.type for field in fields(DrawingDefaults)}
         for name, value in settings.items():
-            if name not in known or not isinstance(value, int if known[name] is int else int | float) or value <= 0:
+            if name == "solver":
+                sensible = isinstance(value, str) and value in SOLVERS
+            else:
+                sensible = name in known and isinstance(value, int if known[name] is int else int | float) and value > 0
+            if not sensible:
                 raise CheckpointError(f"{self.folder / 'config.json'}: drawing.{name} = {value!r} makes no sense. Known are "
                                       f"{', '.join(known)}.")
         return DrawingDefaults(**settings)

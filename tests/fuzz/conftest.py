@@ -151,9 +151,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("fuzzing")
     terminalreporter.line("| target | cases | accepted | refused | seconds | memory of the largest case |")
     terminalreporter.line("|---|---|---|---|---|---|")
-    for campaign in campaigns:
-        found = campaign.outcomes
-        terminalreporter.line(f"| {campaign.name.removeprefix('test_').replace('_', ' ')} | {found.total()} | {found['accepted']} | "
-                              f"{found['refused']} | {campaign.seconds:.0f} | {campaign.peak_bytes / 2**20:.0f} MiB |")
+    for name in dict.fromkeys(campaign.name for campaign in campaigns):
+        own = [campaign for campaign in campaigns if campaign.name == name]
+        found = sum((campaign.outcomes for campaign in own), Counter())
+        terminalreporter.line(f"| {name.removeprefix('test_').replace('_', ' ')} | {found.total()} | {found['accepted']} | "
+                              f"{found['refused']} | {sum(campaign.seconds for campaign in own):.0f} | "
+                              f"{max(campaign.peak_bytes for campaign in own) / 2**20:.0f} MiB |")
     terminalreporter.line(f"{sum(campaign.outcomes.total() for campaign in campaigns)} cases in "
                           f"{sum(campaign.seconds for campaign in campaigns):.0f} s")

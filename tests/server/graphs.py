@@ -44,12 +44,14 @@ def tiny(name: str) -> Graph:
 
 
 def reference(graph: Graph) -> Graph:
-    """The reference's settings in place of nano's: pictures in 50 steps, with guidance 3. In place."""
+    """The reference's settings in place of ours and nano's: euler, 30 and 50 steps, guidance 3. In place."""
     for node in graph.values():
         if node["class_type"] == "SamplerCustom":
             node["inputs"]["cfg"] = 3.0
-        if node["class_type"] == "Blip3oScheduler" and node["inputs"]["stage"] == "picture":
-            node["inputs"]["steps"] = 50
+        if node["class_type"] == "SamplerDPMPP_2M_SDE":
+            node.update(class_type="KSamplerSelect", inputs={"sampler_name": "euler"})
+        if node["class_type"] == "Blip3oScheduler" and node["inputs"]["stage"] != "picture (SANA)":
+            node["inputs"].update(steps=50 if node["inputs"]["stage"] == "picture" else 30, schedule="linear")
     return graph
 
 
@@ -100,10 +102,15 @@ def empty_image(width: int, height: int, batch_size: int = 1) -> dict[str, Any]:
     return {"class_type": "EmptyImage", "inputs": {"width": width, "height": height, "batch_size": batch_size, "color": 0x3366CC}}
 
 
-def embedding_only(steps: int = 4, **changes: Any) -> Graph:
-    """The first stage alone; the embedding is saved as output/embedding_*.latent. `changes` go to the sampler node."""
-    graph = {key: copy.deepcopy(node) for key, node in text_to_image().items() if key in ("1", "2", "3", "4", "5", "6")}
-    graph[SCHEDULE]["inputs"]["steps"] = steps
+def embedding_only(steps: int | None = 4, **changes: Any) -> Graph:
+    """The first stage alone; the embedding is saved as output/embedding_*.latent. `changes` go to the sampler node.
+
+    steps: of the reference's euler; None keeps sampler and steps as shipped.
+    """
+    whole = text_to_image() if steps is not None else replace_inputs(shipped(), checkpoint=TINY)
+    graph = {key: copy.deepcopy(node) for key, node in whole.items() if key in ("1", "2", "3", "4", "5", "6")}
+    if steps is not None:
+        graph[SCHEDULE]["inputs"]["steps"] = steps
     graph[EMBEDDING]["inputs"].update(changes)
     graph["save"] = save_latent([EMBEDDING, 0])
     return graph

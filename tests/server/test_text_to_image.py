@@ -41,17 +41,23 @@ def run_latent(server: ComfyServer, graph: graphs.Graph) -> torch.Tensor:
 
 def test_the_graph_and_the_command_draw_the_same_picture(server, shipped_run, pipe, psnr):
     picture = as_tensor(server.images(shipped_run)[0])
-    headless = pipe.generate([PROMPT], seeds=[SEED], width=graphs.SIDE, height=graphs.SIDE, output_type="pt")
+    headless = pipe.generate([PROMPT], seeds=[SEED], solver="euler", width=graphs.SIDE, height=graphs.SIDE, output_type="pt")
     assert psnr(picture, headless) >= 45  # dB; measured 52.8 on both hosts: at most one grey level, from rounding to 8 bits
     other = pipe.generate([PROMPT], seeds=[SEED + 1], width=graphs.SIDE, height=graphs.SIDE, output_type="pt")
     assert psnr(picture, other) < 30, "other seeds must differ, or the test can't fail"
+
+
+def test_core_dpm_solver_as_shipped_gives_the_headless_default(server, pipe, relative_error):
+    z = run_latent(server, graphs.embedding_only(None, noise_seed=SEED))
+    headless = pipe.sample_embeddings(pipe.encode_prompt([graphs.shipped()[graphs.PROMPT]["inputs"]["prompt"]]), seeds=[SEED])
+    assert relative_error(z, headless) <= 1e-3  # measured MEAS
 
 
 @pytest.mark.parametrize("steps", [30, 10, 7])
 def test_core_euler_on_our_sigmas_gives_the_headless_embedding(server, pipe, relative_error, steps):
     z = run_latent(server, graphs.embedding_only(steps, noise_seed=SEED))
     prompt = graphs.shipped()[graphs.PROMPT]["inputs"]["prompt"]
-    headless = pipe.sample_embeddings(pipe.encode_prompt([prompt]), steps=steps, guidance_scale=3.0, seeds=[SEED])
+    headless = pipe.sample_embeddings(pipe.encode_prompt([prompt]), solver="euler", steps=steps, guidance_scale=3.0, seeds=[SEED])
     assert relative_error(z, headless) <= 1e-3  # measured 6.2e-7 and less, both hosts
 
 

@@ -22,7 +22,7 @@ def test_stages_are_measured_next_to_their_plain_baseline(cli):
     for one in found.values():
         assert one["seconds"] > 0 and len(one["runs"]) == 1
     assert found["DiT step", "plain"]["ratio"] == 1 and found["DiT step", "blip3o"]["ratio"] > 0
-    assert found["DiT sample", "euler 3"]["steps"] == 3 and found["DiT sample", "ab2 10, shift 3"]["error"] > 0
+    assert found["DiT sample", "euler 3"]["steps"] == 3 and found["DiT sample", "dpmpp_2m 12"]["error"] > 0
     assert found["load dit", "blip3o"]["nbytes"] > 100_000
     assert report["device"] == "cpu" and report["threads"] >= 1
 

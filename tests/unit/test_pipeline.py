@@ -1,13 +1,14 @@
 """The pipeline beyond single numbers: seeds and batches, work done once, cancel, arguments."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from blip3o_core import Blip3oPipeline, InputError
 from blip3o_core.models.layers import timestep_sinusoid
-from blip3o_core.sampling.flow_matching import SOLVERS
+from blip3o_core.sampling.solvers import SOLVERS
 
 SMALL = dict(width=64, height=64)
 
@@ -75,7 +76,7 @@ def test_the_null_embedding_is_sampled_once(pipe):
     fresh = Blip3oPipeline(pipe.checkpoint, pipe.decoder_checkpoint, device=pipe.device, dtype=pipe.dtype)
     for seed in (1, 2):
         fresh.generate(["a cat"], seeds=[seed], steps=2, decoder_steps=2, on_step=lambda stage, *_: stages.update([stage]), **SMALL)
-    assert stages == {"embedding": 4, "null embedding": 30, "picture": 4}
+    assert stages == {"embedding": 4, "null embedding": 12, "picture": 4}
 
 
 def test_a_condition_computed_once_gives_the_velocity_of_the_plain_call(pipe, expected):
@@ -102,6 +103,26 @@ def test_all_solvers_end_at_the_same_embedding_when_steps_are_small(pipe, expect
     ends = {solver: pipe.sample_embeddings(q, solver=solver, steps=1000, noise=noise, truncate_timesteps=False) for solver in SOLVERS}
     assert relative_error(ends["ab2"], ends["heun"]) <= 1e-4  # measured 1.2e-5
     assert relative_error(ends["euler"], ends["heun"]) <= 5e-3  # measured 1.5e-3
+    assert relative_error(ends["dpmpp_2m"], ends["heun"]) <= 1e-4  # measured 1.9e-5
+
+
+def test_solver_steps_and_schedule_are_those_that_belong_together(pipe, expected):
+    assert pipe.sampler() == ("dpmpp_2m", 12, "cosine")
+    assert pipe.sampler("euler") == ("euler", 30, "linear") and pipe.sampler(steps=20, schedule="linear") == ("dpmpp_2m", 20, "linear")
+    q, noise = expected["query.0"], expected["sample.noise"]
+    explicit = pipe.sample_embeddings(q, solver="dpmpp_2m", steps=12, schedule="cosine", noise=noise)
+    assert torch.equal(pipe.sample_embeddings(q, noise=noise), explicit)
+
+
+def test_outside_of_its_interval_there_is_no_guidance(pipe, expected, relative_error):
+    q, noise = expected["query.0"], expected["sample.noise"]
+    run = partial(pipe.sample_embeddings, q, steps=4, noise=noise)
+    assert torch.equal(run(guidance_scale=3.0), run(guidance_scale=3.0, guidance_interval=(0.0, 1.0)))
+    never = run(guidance_scale=3.0, guidance_interval=(0.0, 1e-4))  # below the last sigma that is not zero
+    assert torch.equal(never, run(guidance_scale=1.0))
+    assert relative_error(run(guidance_scale=3.0, guidance_interval=(0.2, 0.8)), never) > 0.01
+    with pytest.raises(InputError, match=r"guidance_interval=0.8, 0.2 is not two sigmas"):
+        run(guidance_interval=(0.8, 0.2))
 
 
 def test_negatives_differ_and_zeros_need_no_sampling(pipe, psnr):
@@ -147,7 +168,7 @@ def test_cancel_stops_within_the_step_and_the_pipeline_goes_on_working(tiny_chec
     [
         (dict(steps=0), "steps=0"),
         (dict(decoder_steps=1000), "decoder steps=1000"),
-        (dict(solver="rk45"), "solver 'rk45' is unknown. Use one of euler, heun, ab2"),
+        (dict(solver="rk45"), "solver 'rk45' is unknown. Use one of dpmpp_2m, euler, heun, ab2"),
         (dict(guidance_scale=float("nan")), "guidance_scale=nan"),
         (dict(decoder_guidance_scale=-1), "guidance_scale=-1"),
         (dict(width=65), "width=65 is not a multiple of 2"),
@@ -196,7 +217,7 @@ def test_the_schedule_reaches_the_network_with_the_shift(pipe):
     seen = []
     handle = pipe.dit.time_caption_embed.timestep_embedder.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     try:
-        pipe.sample_embeddings(torch.zeros(1, 64, 64), steps=4, shift=3.0, guidance_scale=1.0)
+        pipe.sample_embeddings(torch.zeros(1, 64, 64), solver="euler", steps=4, shift=3.0, guidance_scale=1.0)
     finally:
         handle.remove()
     integers = torch.tensor([1000.0, 900.0, 750.0, 500.0])  # 1000 * 3 s / (1 + 2 s) for s = 1, 3/4, 1/2, 1/4
