@@ -15,4 +15,4 @@ def test_ratios_of_all_stages_are_printed(blip3o, capsys):
             if one["ratio"] is not None:
                 error = "" if one["error"] is None else f"  error {one['error']:.4f}"
                 print(f"  {one['stage']:<12}{one['variant']:<18} batch {one['batch']}  {one['ratio']:.2f}{error}")
-    assert len(measurements) == 34 and all(one["seconds"] > 0 for one in measurements)
+    assert len(measurements) == 38 and all(one["seconds"] > 0 for one in measurements)

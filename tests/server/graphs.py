@@ -29,7 +29,7 @@ def shipped(name: str = "text_to_image") -> Graph:
 
 def text_to_image(prompt: str | None = None, seed: int | None = None, checkpoint: str = TINY, side: int = SIDE) -> Graph:
     """The shipped graph with the tiny checkpoint, small pictures and the settings of the reference; nothing else is changed."""
-    graph = replace_inputs(reference(shipped()), checkpoint=checkpoint, decoder=checkpoint, width=side, height=side)
+    graph = replace_inputs(with_euler(reference(shipped())), checkpoint=checkpoint, decoder=checkpoint, width=side, height=side)
     if prompt is not None:
         graph[PROMPT]["inputs"]["prompt"] = prompt
     if seed is not None:
@@ -44,14 +44,22 @@ def tiny(name: str) -> Graph:
 
 
 def reference(graph: Graph) -> Graph:
-    """The reference's settings in place of ours and nano's: euler, 30 and 50 steps, guidance 3. In place."""
+    """The reference's settings in place of nano's: pictures in 50 steps, with guidance 3. In place."""
     for node in graph.values():
         if node["class_type"] == "SamplerCustom":
             node["inputs"]["cfg"] = 3.0
+        if node["class_type"] == "Blip3oScheduler" and node["inputs"]["stage"] == "picture":
+            node["inputs"]["steps"] = 50
+    return graph
+
+
+def with_euler(graph: Graph) -> Graph:
+    """The reference's solver of the embedding in place of ours. In place."""
+    for node in graph.values():
         if node["class_type"] == "SamplerDPMPP_2M_SDE":
             node.update(class_type="KSamplerSelect", inputs={"sampler_name": "euler"})
-        if node["class_type"] == "Blip3oScheduler" and node["inputs"]["stage"] != "picture (SANA)":
-            node["inputs"].update(steps=50 if node["inputs"]["stage"] == "picture" else 30, schedule="linear")
+        if node["class_type"] == "Blip3oScheduler" and node["inputs"]["stage"] == "embedding":
+            node["inputs"].update(steps=30, schedule="linear")
     return graph
 
 
