@@ -39,6 +39,10 @@ class TrainingError(Blip3oError):
     """Training can't go on or can't be resumed; what was saved before is intact."""
 
 
+class DownloadError(Blip3oError):
+    """A file can't be had from the hub, or is not what the hub says it is; what was received before is kept."""
+
+
 def readable(text: str, longest: int | None = None) -> str:
     """`text` with control characters shown as escapes. `longest`: of words and the whole, whatever is longer is without its middle."""
     if longest is not None:

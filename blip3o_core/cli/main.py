@@ -8,12 +8,29 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Blip3oError
-from . import ask, bench, caption, chat, edit, evaluate, generate, inspect, lora, quantize, reconstruct, split, train, train_nano, vary
+from . import (
+    ask,
+    bench,
+    caption,
+    chat,
+    download,
+    edit,
+    evaluate,
+    generate,
+    inspect,
+    lora,
+    quantize,
+    reconstruct,
+    split,
+    train,
+    train_nano,
+    vary,
+)
 
 SUBCOMMANDS = {
     "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
-    "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split, "quantize": quantize, "train": train,
-    "train-nano": train_nano,
+    "download": download, "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split, "quantize": quantize,
+    "train": train, "train-nano": train_nano,
 }  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -22,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(
         prog="blip3o",
-        description="BLIP3-o on the command line: pictures from text and pictures, text from pictures and text; local checkpoints only.",
+        description="BLIP3-o on the command line: pictures from text and pictures, text from pictures and text. Only download reaches "
+        "the network.",
         epilog='example:  blip3o generate "a red fox in fresh snow" --model BLIP3o-Model-4B --output fox.png',
     )
     parser.add_argument("--version", action="version", version=f"blip3o {__version__}")

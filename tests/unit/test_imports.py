@@ -25,6 +25,7 @@ ALLOWED = {
     "models": {"sampling", "checkpoint"},
     "sampling": set(),
     "variants": {"models", "checkpoint", "prompts", "sampling"},
+    "hub": {"variants"},
     "lora": {"models", "checkpoint", "variants"},
     "shapes": {"presets"},
     "evaluate": {"pipelines", "shapes", "images", "sheets"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "data": {"prompts", "images", "models"},
     "pipelines": {"variants", "sampling", "models", "checkpoint", "prompts", "images", "lora"},
     "train": {"sheets", "data", "lora", "pipelines", "variants", "sampling", "models", "checkpoint", "prompts", "images"},
-    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train", "evaluate", "nano", "bench"},
+    "cli": {"pipelines", "checkpoint", "variants", "images", "presets", "lora", "train", "evaluate", "nano", "bench", "hub"},
 }
 
 
