@@ -13,6 +13,8 @@ from . import (
     bench,
     caption,
     chat,
+    completion,
+    doctor,
     download,
     edit,
     evaluate,
@@ -29,8 +31,8 @@ from . import (
 
 SUBCOMMANDS = {
     "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
-    "download": download, "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split, "quantize": quantize,
-    "train": train, "train-nano": train_nano,
+    "download": download, "doctor": doctor, "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split,
+    "quantize": quantize, "train": train, "train-nano": train_nano, "completion": completion,
 }  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
