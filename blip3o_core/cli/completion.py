@@ -2,8 +2,6 @@
 
 import argparse
 
-from ..runtime import require_package
-
 SHELLS = ("bash", "zsh", "tcsh")
 
 EXAMPLES = """examples:
@@ -20,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises InputError if shtab is not installed."""
+    from ..runtime import require_package
     from .main import build_parser
 
     shtab = require_package("shtab", extra="completion", purpose="completion")
