@@ -213,9 +213,9 @@ def test_shards_resaved_by_newer_transformers_load_too(checkpoint_copy, expected
 
 def test_a_checkpoint_may_have_settings_of_its_own_for_drawing(checkpoint_copy, pipe):
     assert pipe.drawing == DrawingDefaults(
-        steps=30, guidance_scale=3.0, decoder_steps=50, decoder_guidance_scale=3.0, width=1024, height=1024
+        solver="dpmpp_2m", steps=12, guidance_scale=3.0, decoder_steps=50, decoder_guidance_scale=3.0, width=1024, height=1024
     )
-    own = {"steps": 2, "guidance_scale": 1.5, "decoder_steps": 3, "decoder_guidance_scale": 1, "width": 64, "height": 96}
+    own = {"solver": "euler", "steps": 2, "guidance_scale": 1.5, "decoder_steps": 3, "decoder_guidance_scale": 1, "width": 64, "height": 96}
     edit_config(checkpoint_copy / "config.json", drawing=own)
     quick = open_pipeline(checkpoint_copy)
     [picture] = quick.generate(["a cat"], seeds=[7])
