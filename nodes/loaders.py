@@ -10,6 +10,7 @@ from ..blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .adapters import folders, io_types, loading
 
 AUTOMATIC = "automatic"
+INSIDE = "inside the checkpoint"
 
 
 class Blip3oCheckpointLoader(io.ComfyNode):
@@ -28,7 +29,13 @@ class Blip3oCheckpointLoader(io.ComfyNode):
                     options=folders.list_checkpoints(),
                     tooltip="Folder under models/blip3o that holds config.json, the tokenizer and model*.safetensors. "
                     "Other places: the key blip3o of extra_model_paths.yaml. Press R after adding a folder.",
-                )
+                ),
+                io.Combo.Input(
+                    "qwen", options=[INSIDE, *folders.list_qwen()], default=INSIDE, optional=True, advanced=True,
+                    tooltip="Where the language model is. A split checkpoint (blip3o split) holds none and takes that of a "
+                    "Qwen2.5-VL-Instruct: a folder under models/blip3o, or a file in models/text_encoders with qwen in its name, in its "
+                    "original precision.",
+                ),
             ],
             outputs=[
                 io_types.Backbone.Output(
@@ -40,19 +47,23 @@ class Blip3oCheckpointLoader(io.ComfyNode):
                     "ModelSamplingSD3 and so on. Its latents come from Empty BLIP3-o Embedding.",
                 ),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
-        return folders.is_offered(checkpoint, folders.list_checkpoints())
+    def validate_inputs(cls, checkpoint: str | None = None, qwen: str | None = None) -> bool | str:
+        found = folders.is_offered(checkpoint, folders.list_checkpoints())
+        if found is not True:
+            return found
+        return folders.is_offered(qwen, [INSIDE, *folders.list_qwen()], "models/blip3o nor models/text_encoders")
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str) -> str:
-        return folders.fingerprint(folders.resolve(checkpoint))
+    def fingerprint_inputs(cls, checkpoint: str, qwen: str = INSIDE) -> str:
+        own = folders.fingerprint(folders.resolve(checkpoint))
+        return own if qwen == INSIDE else f"{own};{folders.fingerprint(folders.resolve_qwen(qwen))}"
 
     @classmethod
-    def execute(cls, checkpoint: str) -> io.NodeOutput:
-        opened = Blip3oCheckpoint.open(folders.resolve(checkpoint))
+    def execute(cls, checkpoint: str, qwen: str = INSIDE) -> io.NodeOutput:
+        opened = Blip3oCheckpoint.open(folders.resolve(checkpoint), qwen=None if qwen == INSIDE else folders.resolve_qwen(qwen))
         return io.NodeOutput(loading.load_backbone(opened), loading.load_dit(opened))
 
 

@@ -18,11 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip3o_core import Blip3oPipeline
+from blip3o_core.cli.main import main
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 OFFLINE = Path(__file__).parent / "offline"
 """A folder on PYTHONPATH that keeps a Python process from the network."""
+FIRST_OWN_TOKEN = 414
+"""[IMG] in the vocabulary of the tiny checkpoint."""
 REQUESTS = pytest.StashKey[Path]()
 
 
@@ -93,6 +96,31 @@ def expected_text() -> dict:
 @pytest.fixture(scope="session")
 def pipe(tiny_checkpoint: Path) -> Blip3oPipeline:
     return Blip3oPipeline.from_pretrained(tiny_checkpoint, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def qwen(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen2.5-VL-Instruct is published: its own tokens, more rows than tokens, none of BLIP3-o's tensors."""
+    folder = tmp_path_factory.mktemp("qwen") / "Qwen2.5-VL"
+    folder.mkdir()
+    tensors = {}
+    for file in sorted(tiny_checkpoint.glob("model*.safetensors")):
+        tensors |= {name: tensor for name, tensor in load_file(file).items()
+                    if not name.startswith(("model.dit.", "model.latent_queries", "model.gen_vision_tower"))}  # fmt: skip
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own = tensors[name][:FIRST_OWN_TOKEN]
+        tensors[name] = torch.cat((own, torch.full((20, own.shape[1]), 7.0)))
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def split_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny checkpoint."""
+    output = tmp_path_factory.mktemp("split") / "split"
+    assert main(["split", str(tiny_checkpoint), "--output", str(output)]) == 0
+    return output
 
 
 @pytest.fixture

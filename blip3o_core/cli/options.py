@@ -24,8 +24,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) 
                         "package)")  # fmt: skip
     parser.add_argument("--decoder", metavar="PATH", help="folder of the diffusion decoder: SDXL, or SigLIP2 + SANA, which "
                         "only reconstructs (default: diffusion-decoder/ of the model)")  # fmt: skip
-    parser.add_argument("--qwen", metavar="PATH", help="folder of the Qwen2.5-VL-Instruct that a split model takes its backbone from "
-                        "(see blip3o split)")  # fmt: skip
+    parser.add_argument("--qwen", metavar="PATH", help="folder or file of the Qwen2.5-VL-Instruct that a split model takes its backbone "
+                        "from (see blip3o split)")  # fmt: skip
     parser.add_argument("--offload", default="auto", choices=("auto", "none", "stage", "layer"), help="what is in memory at once: none "
                         "keeps all networks, stage those of one stage, layer one layer at a time, which is slow; auto looks at the free "
                         "memory (default: %(default)s)")  # fmt: skip

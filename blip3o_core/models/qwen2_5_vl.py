@@ -6,6 +6,7 @@ supported version (4.57 and 5.x), which is why no conversion table of transforme
 B batch, N tokens, Q queries, H width of the backbone, n image tokens.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,8 +155,10 @@ class Backbone(nn.Module):
             cache: a transformers `DynamicCache` that holds what comes before, and is extended.
         """
         self.language_model.rotary_emb.to(embedded.device)
+        # transformers >= 5.24 calls it cache; the other name goes in 5.40
+        name = "cache" if "cache" in inspect.signature(type(self.language_model).forward).parameters else "past_key_values"
         return self.language_model(
-            inputs_embeds=embedded, position_ids=position_ids, past_key_values=cache, use_cache=cache is not None
+            inputs_embeds=embedded, position_ids=position_ids, use_cache=cache is not None, **{name: cache}
         ).last_hidden_state
 
 

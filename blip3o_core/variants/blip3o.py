@@ -15,7 +15,7 @@ from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
 from ..checkpoint.settings import require_countable, sensible
-from ..checkpoint.shards import SCALE, TensorEntry, open_shards, read_tensor
+from ..checkpoint.shards import SCALE, TensorEntry, open_shards, read_header, read_tensor
 from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.quantised import adopt_quantised
@@ -80,12 +80,14 @@ class Blip3oCheckpoint:
     folder: Path
     config: Mapping[str, Any]
     components: Components  # component -> name in its module -> where it lies
+    qwen: Path | None = None  # where the backbone of a split was taken from
 
     @classmethod
     def open(cls, folder: str | Path, *, qwen: str | Path | None = None) -> "Blip3oCheckpoint":
         """Raises CheckpointError if `folder` is not a complete BLIP3-o checkpoint; says what it looks like instead.
 
-        qwen: the folder of Qwen2.5-VL-Instruct that a split (`variants.split`) takes its backbone from; nothing else may have one.
+        qwen: the folder, or the single file, of Qwen2.5-VL-Instruct that a split (`variants.split`) takes its backbone from; nothing
+            else may have one.
 
         "nano" is the small model in this package, unless there is a checkpoint of that name.
         """
@@ -99,17 +101,17 @@ class Blip3oCheckpoint:
         if split.KEY in config:
             if qwen is None:
                 raise CheckpointError(f"{folder}: a split, which holds queries and diffusion transformer alone. Also give the folder of "
-                                      "its Qwen2.5-VL-Instruct: --qwen (in Python qwen=).")
+                                      "its Qwen2.5-VL-Instruct: --qwen (in Python qwen=, in ComfyUI the loader's input qwen).")
             qwen = Path(os.path.expanduser(qwen))
-            base = split_components(open_shards(qwen, "model"), qwen)
+            base = split_components(read_header(qwen) if qwen.is_file() else open_shards(qwen, "model"), qwen)
             components = split.joined(components, rows, config, base, folder, qwen)
         elif qwen is not None:
-            raise InputError(f"{folder} has a backbone of its own and is no split. Leave --qwen out.")
+            raise InputError(f"{folder} has a backbone of its own and is no split. Leave qwen out.")
         absent = [name for name in TASKS["text to image"] if not components.get(name)]
         if absent:
             raise CheckpointError(f"{folder}: config.json says {config['model_type']}, but the weights hold no tensor of: "
                                   f"{', '.join(absent)}. Download the complete BLIP3-o repository.")
-        checkpoint = cls(folder, config, components)
+        checkpoint = cls(folder, config, components, qwen)
         checkpoint.drawing, checkpoint.image_side  # noqa: B018 -- wrong settings are found here
         encoder, dit = checkpoint._empty_backbone(), checkpoint._empty_dit()
         require_matching("language backbone", folder, expected_shapes(encoder), checkpoint._backbone_entries)

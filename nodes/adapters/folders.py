@@ -1,5 +1,6 @@
 """Where checkpoints lie: the `blip3o` model folder, its listing, and picked name -> path."""
 
+import re
 from pathlib import Path, PurePosixPath
 
 import folder_paths
@@ -11,6 +12,7 @@ from ...blip3o_core.variants.sdxl_decoder import find_sdxl_decoder
 
 FOLDER_TYPE = "blip3o"
 CLIP_VISION = "clip_vision/"  # marks single files among the names of vision encoders
+TEXT_ENCODERS = "text_encoders/"  # and among those of Qwen2.5-VL
 MAX_DEPTH = 2  # models/blip3o/NAME, or models/blip3o/OWNER/NAME as a hub download lays it out
 
 
@@ -45,6 +47,13 @@ def list_vision_encoders() -> list[str]:
     return sorted(found) + [CLIP_VISION + name for name in folder_paths.get_filename_list("clip_vision")]
 
 
+def list_qwen() -> list[str]:
+    """Folders of Qwen2.5-VL-Instruct, which a split takes its backbone from, and files in text_encoders that are called so."""
+    found = sorted(name for name, path in _candidates() if _is_qwen(path))
+    files = folder_paths.get_filename_list("text_encoders")
+    return found + [TEXT_ENCODERS + name for name in files if "qwen" in name.lower() and name.endswith(".safetensors")]
+
+
 def list_loras() -> list[str]:
     """Files in models/loras that may be a LoRA of ours."""
     return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
@@ -77,6 +86,15 @@ def resolve_vision_encoder(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("clip_vision", name.removeprefix(CLIP_VISION)))
 
 
+def resolve_qwen(name: str) -> Path:
+    """The folder or file of a picked Qwen2.5-VL. Raises CheckpointError for a name that the listing doesn't have."""
+    if not name.startswith(TEXT_ENCODERS):
+        return resolve(name)
+    if name not in list_qwen():
+        raise CheckpointError(f"{name!r} is not in models/text_encoders (any more). Press R to refresh the list.")
+    return Path(folder_paths.get_full_path_or_raise("text_encoders", name.removeprefix(TEXT_ENCODERS)))
+
+
 def resolve(name: str) -> Path:
     """The folder of a picked name. Raises CheckpointError for a name that the listing doesn't have."""
     for candidate, path in _candidates():
@@ -90,6 +108,11 @@ def is_checkpoint(path: Path) -> bool:
     """Whether the folder is a transformers checkpoint, not a SANA decoder nor the EVA-CLIP tower, whose config.json has no model type."""
     config = path / "config.json"
     return not is_sana_decoder(path) and config.is_file() and '"model_type"' in config.read_text("utf-8", errors="replace")
+
+
+def _is_qwen(path: Path) -> bool:
+    config = path / "config.json"
+    return config.is_file() and re.search(r'"model_type"\s*:\s*"qwen2_5_vl"', config.read_text("utf-8", errors="replace")) is not None
 
 
 def fingerprint(folder: Path) -> str:

@@ -52,13 +52,13 @@ def load_dit(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> Mod
     weights = _read(checkpoint.components["dit"])
     patcher = _load_diffusion_model(NextDiTModelConfig(checkpoint.dit_config), weights, disable_dynamic)
     patcher.model.origin = _origin(checkpoint)
-    patcher.cached_patcher_init = (_reload_dit, (checkpoint.folder,))
+    patcher.cached_patcher_init = (_reload_dit, (checkpoint.folder, checkpoint.qwen))
     return patcher
 
 
 def _backbone_patcher(checkpoint: Blip3oCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
     patcher = _text_side_patcher(checkpoint.load_backbone(dtype=None, on_load=LoadProgress()), disable_dynamic)
-    patcher.cached_patcher_init = (_reload_backbone, (checkpoint.folder,))
+    patcher.cached_patcher_init = (_reload_backbone, (checkpoint.folder, checkpoint.qwen))
     return patcher
 
 
@@ -69,13 +69,13 @@ def _text_side_patcher(network: nn.Module, disable_dynamic: bool = False) -> Mod
     )  # fmt: skip
 
 
-def _reload_backbone(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
+def _reload_backbone(folder: Path, qwen: Path | None, disable_dynamic: bool = False) -> ModelPatcher:
     """What the host calls to build the same patcher again, for instance without dynamic memory."""
-    return _backbone_patcher(Blip3oCheckpoint.open(folder), disable_dynamic)
+    return _backbone_patcher(Blip3oCheckpoint.open(folder, qwen=qwen), disable_dynamic)
 
 
-def _reload_dit(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
-    return load_dit(Blip3oCheckpoint.open(folder), disable_dynamic)
+def _reload_dit(folder: Path, qwen: Path | None, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_dit(Blip3oCheckpoint.open(folder, qwen=qwen), disable_dynamic)
 
 
 def load_sdxl_unet(checkpoint: SdxlDecoderCheckpoint, disable_dynamic: bool = False) -> ModelPatcher:
