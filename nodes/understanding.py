@@ -6,6 +6,7 @@ from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.pipelines.chat import MAX_NEW_TOKENS, MAX_PIXELS, MIN_PIXELS, Chat
 from ..blip3o_core.presets import PRESETS, build_question
 from .adapters import io_types
+from .adapters.memory import LESS_MEMORY, memory_advice
 from .adapters.progress import TokenProgress
 
 NO_PRESET = "none"
@@ -101,8 +102,9 @@ class Blip3oAsk(io.ComfyNode):
         groups = [[picture] for picture in pictures] if one_answer_per_image and pictures else [pictures]
         answers = []
         for group in groups:
-            backbone.load(max_new_tokens + len(group) * max_pixels // PIXELS_PER_TOKEN)
-            answers.append(Chat(backbone, system or None).say(text, group, on_token=TokenProgress(max_new_tokens), **settings))
+            with memory_advice("answering", LESS_MEMORY):
+                backbone.load(max_new_tokens + len(group) * max_pixels // PIXELS_PER_TOKEN)
+                answers.append(Chat(backbone, system or None).say(text, group, on_token=TokenProgress(max_new_tokens), **settings))
         return io.NodeOutput(answers, ui=ui.PreviewText("\n\n".join(answers)))
 
 
@@ -141,7 +143,8 @@ class Blip3oChat(io.ComfyNode):
         chat = Chat(backbone, system or None) if conversation is None else Chat.from_json(backbone, conversation)
         pictures = [] if images is None else to_rgb_images(images, channels_last=True)
         shown = len(pictures) + sum(len(turn.images) for turn in chat.messages)
-        backbone.load(max_new_tokens + shown * max_pixels // PIXELS_PER_TOKEN)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
-        answer = chat.say(message, pictures, on_token=TokenProgress(max_new_tokens), **settings)
+        with memory_advice("answering", LESS_MEMORY):
+            backbone.load(max_new_tokens + shown * max_pixels // PIXELS_PER_TOKEN)
+            answer = chat.say(message, pictures, on_token=TokenProgress(max_new_tokens), **settings)
         return io.NodeOutput(answer, chat.to_json(), ui=ui.PreviewText(answer))

@@ -11,6 +11,7 @@ from ...blip3o_core.errors import InputError
 from ...blip3o_core.models.nextdit import NextDiT, NextDiTConfig
 from ...blip3o_core.sampling.flow_matching import truncate_timestep
 from .hosting import Origin
+from .memory import SMALLER_PICTURE, memory_advice
 
 EMBEDDING_GRID = (8, 8)
 
@@ -67,6 +68,10 @@ class FlowModel(model_base.BaseModel):
     def __init__(self, model_config, device=None) -> None:
         super().__init__(model_config, model_type=model_base.ModelType.FLOW, device=device, unet_model=HostedNextDiT)
 
+    def apply_model(self, *args, **kwargs) -> Tensor:
+        with memory_advice("sampling embeddings", "Set a smaller batch_size in Empty BLIP3-o Embedding."):
+            return super().apply_model(*args, **kwargs)
+
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
         return truncate_timestep(timestep)
 
@@ -89,6 +94,10 @@ class SdxlDecoderModel(model_base.SDXL):
         super().__init__(model_config, model_type=model_base.ModelType.EPS, device=device)
         self.embedder = Timestep(model_config.size_embedding_width)
         self.model_sampling = LeadingEps(model_config)
+
+    def apply_model(self, *args, **kwargs) -> Tensor:
+        with memory_advice("drawing", SMALLER_PICTURE):
+            return super().apply_model(*args, **kwargs)
 
     def encode_adm(self, **kwargs) -> Tensor:
         if kwargs.get("pooled_output") is None:

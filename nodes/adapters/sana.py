@@ -11,6 +11,7 @@ from ...blip3o_core.errors import InputError
 from ...blip3o_core.models.sana import Connector
 from ...blip3o_core.sampling.flow_matching import truncate_timestep
 from .hosting import use_host_layers
+from .memory import SMALLER_PICTURE, memory_advice
 
 
 class HostedSana(nn.Module):
@@ -46,6 +47,10 @@ class SanaDecoderModel(model_base.BaseModel):
     def __init__(self, model_config, device=None) -> None:
         super().__init__(model_config, model_type=model_base.ModelType.FLOW, device=device, unet_model=HostedSana)
         self.truncates = model_config.truncates
+
+    def apply_model(self, *args, **kwargs) -> Tensor:
+        with memory_advice("drawing", SMALLER_PICTURE):
+            return super().apply_model(*args, **kwargs)
 
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
         return truncate_timestep(timestep) if self.truncates else timestep
