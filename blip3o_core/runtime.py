@@ -1,6 +1,7 @@
 """Device and dtype, as a user names them."""
 
 import importlib
+import re
 
 import torch
 
@@ -42,7 +43,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is about memory, of an accelerator or of the machine: for the latter torch has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError | OSError) and re.search("can't allocate memory|Cannot allocate memory", str(error)) is not None
     )
 
 

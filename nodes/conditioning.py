@@ -8,6 +8,7 @@ from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.models.sdxl import ORIGINAL_SIZE
 from ..blip3o_core.pipelines.language import POSITIONS, TRAINED_SIZE
 from .adapters import io_types
+from .adapters.memory import LESS_MEMORY, memory_advice
 
 PUBLISHED_SIZE, OWN_SIZE = "448 x 448", "original"
 
@@ -74,9 +75,10 @@ class Blip3oTextEncode(io.ComfyNode):
         cls, backbone, prompt: str, template: bool = True, images=None, image_size: str = PUBLISHED_SIZE, positions: str = POSITIONS[0]
     ) -> io.NodeOutput:
         io_types.require_connected(backbone=backbone)
-        pictures = None if images is None else [to_rgb_images(images, channels_last=True)]
         size = TRAINED_SIZE if image_size == PUBLISHED_SIZE else None
-        states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)  # (1, 64, H)
+        with memory_advice("reading the prompt", LESS_MEMORY):
+            pictures = None if images is None else [to_rgb_images(images, channels_last=True)]
+            states = backbone.encode_prompts([prompt], template=template, images=pictures, image_size=size, positions=positions)
         return io.NodeOutput([[states, {}]], [[torch.zeros_like(states), {}]])
 
 

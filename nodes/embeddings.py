@@ -8,6 +8,7 @@ from ..blip3o_core.images import to_rgb_images
 from ..blip3o_core.preview import principal_component_map
 from .adapters import io_types
 from .adapters.latent_formats import ClipEmbedding
+from .adapters.memory import memory_advice
 from .conditioning import embedding_tokens
 
 INTERPOLATE, ADD_DIFFERENCE = "interpolate", "add difference"
@@ -71,8 +72,9 @@ class Blip3oImageEncode(io.ComfyNode):
     @classmethod
     def execute(cls, vision_encoder, images) -> io.NodeOutput:
         io_types.require_connected(vision_encoder=vision_encoder)
-        embeddings = vision_encoder.embed(to_rgb_images(images, channels_last=True))
-        return io.NodeOutput({"samples": embeddings}, {"samples": vision_encoder.embed_null_image()})
+        with memory_advice("encoding pictures", "Give fewer or smaller pictures, or start ComfyUI with --lowvram or --cpu."):
+            embeddings = vision_encoder.embed(to_rgb_images(images, channels_last=True))
+            return io.NodeOutput({"samples": embeddings}, {"samples": vision_encoder.embed_null_image()})
 
 
 class Blip3oMixEmbeddings(io.ComfyNode):

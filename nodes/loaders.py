@@ -8,9 +8,11 @@ from ..blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from ..blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint, is_sana_decoder
 from ..blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .adapters import folders, io_types, loading
+from .adapters.memory import memory_advice
 
 AUTOMATIC = "automatic"
 INSIDE = "inside the checkpoint"
+SMALLER_MODEL = "Close other programs, or use a checkpoint in 8 or 4 bits (blip3o quantize)."
 
 
 class Blip3oCheckpointLoader(io.ComfyNode):
@@ -63,8 +65,9 @@ class Blip3oCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, qwen: str = INSIDE) -> io.NodeOutput:
-        opened = Blip3oCheckpoint.open(folders.resolve(checkpoint), qwen=None if qwen == INSIDE else folders.resolve_qwen(qwen))
-        return io.NodeOutput(loading.load_backbone(opened), loading.load_dit(opened))
+        with memory_advice("opening the model", SMALLER_MODEL):
+            opened = Blip3oCheckpoint.open(folders.resolve(checkpoint), qwen=None if qwen == INSIDE else folders.resolve_qwen(qwen))
+            return io.NodeOutput(loading.load_backbone(opened), loading.load_dit(opened))
 
 
 class Blip3oSDXLDecoderLoader(io.ComfyNode):
@@ -105,8 +108,9 @@ class Blip3oSDXLDecoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, decoder: str) -> io.NodeOutput:
-        opened = SdxlDecoderCheckpoint.open(folders.resolve(decoder))
-        return io.NodeOutput(loading.load_sdxl_unet(opened), loading.load_sdxl_vae(opened))
+        with memory_advice("opening the model", SMALLER_MODEL):
+            opened = SdxlDecoderCheckpoint.open(folders.resolve(decoder))
+            return io.NodeOutput(loading.load_sdxl_unet(opened), loading.load_sdxl_vae(opened))
 
 
 class Blip3oSANADecoderLoader(io.ComfyNode):
@@ -157,9 +161,10 @@ class Blip3oSANADecoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, decoder: str, positions: str = AUTOMATIC, scheduler: str = AUTOMATIC) -> io.NodeOutput:
-        chosen = {name: None if value == AUTOMATIC else value for name, value in (("positions", positions), ("scheduler", scheduler))}
-        opened = SanaDecoderCheckpoint.open(folders.resolve(decoder), **chosen)
-        return io.NodeOutput(loading.load_sana(opened), loading.load_dcae(opened))
+        with memory_advice("opening the model", SMALLER_MODEL):
+            chosen = {name: None if value == AUTOMATIC else value for name, value in (("positions", positions), ("scheduler", scheduler))}
+            opened = SanaDecoderCheckpoint.open(folders.resolve(decoder), **chosen)
+            return io.NodeOutput(loading.load_sana(opened), loading.load_dcae(opened))
 
 
 class Blip3oVisionEncoderLoader(io.ComfyNode):
@@ -194,11 +199,12 @@ class Blip3oVisionEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vision_encoder: str) -> io.NodeOutput:
-        path = folders.resolve_vision_encoder(vision_encoder)
-        if is_sana_decoder(path):
-            source = SanaDecoderCheckpoint.open(path)
-        elif folders.is_checkpoint(path):
-            source = Blip3oCheckpoint.open(path).vision_encoder_source()
-        else:
-            source = EvaClipCheckpoint.open(path)
-        return io.NodeOutput(loading.load_vision_encoder(source))
+        with memory_advice("opening the model", SMALLER_MODEL):
+            path = folders.resolve_vision_encoder(vision_encoder)
+            if is_sana_decoder(path):
+                source = SanaDecoderCheckpoint.open(path)
+            elif folders.is_checkpoint(path):
+                source = Blip3oCheckpoint.open(path).vision_encoder_source()
+            else:
+                source = EvaClipCheckpoint.open(path)
+            return io.NodeOutput(loading.load_vision_encoder(source))

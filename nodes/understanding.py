@@ -98,11 +98,11 @@ class Blip3oAsk(io.ComfyNode):
         io_types.require_connected(backbone=backbone)
         text = question if preset == NO_PRESET else build_question(preset, question.strip() or None)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
-        pictures = [] if images is None else to_rgb_images(images, channels_last=True)
-        groups = [[picture] for picture in pictures] if one_answer_per_image and pictures else [pictures]
         answers = []
-        for group in groups:
-            with memory_advice("answering", LESS_MEMORY):
+        with memory_advice("answering", LESS_MEMORY):
+            pictures = [] if images is None else to_rgb_images(images, channels_last=True)
+            groups = [[picture] for picture in pictures] if one_answer_per_image and pictures else [pictures]
+            for group in groups:
                 backbone.load(max_new_tokens + len(group) * max_pixels // PIXELS_PER_TOKEN)
                 answers.append(Chat(backbone, system or None).say(text, group, on_token=TokenProgress(max_new_tokens), **settings))
         return io.NodeOutput(answers, ui=ui.PreviewText("\n\n".join(answers)))
@@ -141,10 +141,10 @@ class Blip3oChat(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         io_types.require_connected(backbone=backbone)
         chat = Chat(backbone, system or None) if conversation is None else Chat.from_json(backbone, conversation)
-        pictures = [] if images is None else to_rgb_images(images, channels_last=True)
-        shown = len(pictures) + sum(len(turn.images) for turn in chat.messages)
         settings = sampling(temperature, top_p, top_k, seed, min_pixels, max_pixels, max_new_tokens)
         with memory_advice("answering", LESS_MEMORY):
+            pictures = [] if images is None else to_rgb_images(images, channels_last=True)
+            shown = len(pictures) + sum(len(turn.images) for turn in chat.messages)
             backbone.load(max_new_tokens + shown * max_pixels // PIXELS_PER_TOKEN)
             answer = chat.say(message, pictures, on_token=TokenProgress(max_new_tokens), **settings)
         return io.NodeOutput(answer, chat.to_json(), ui=ui.PreviewText(answer))

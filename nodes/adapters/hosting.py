@@ -21,7 +21,7 @@ from ...blip3o_core.models.qwen2_5_vl import Backbone, VisionTower
 from ...blip3o_core.models.siglip2 import Siglip2
 from ...blip3o_core.pipelines.language import encode_prompts
 from ...blip3o_core.prompts import PromptTokenizer
-from .memory import LESS_MEMORY, TILED, memory_advice
+from .memory import TILED, memory_advice
 
 HOST_LAYERS = {
     nn.Linear: comfy.ops.manual_cast.Linear,
@@ -149,9 +149,8 @@ class HostedBackbone:
         for prompt in prompts:  # before weights move
             self.tokenizer.generation_ids(prompt, template=arguments.get("template", True), max_tokens=longest)
         images = sum(len(row) for row in arguments.get("images") or [])
-        with memory_advice("reading the prompt", LESS_MEMORY):
-            self.load(sum(map(len, prompts)) + self.backbone.num_queries + IMAGE_TOKENS * images)
-            states = encode_prompts(self, prompts, max_tokens=longest, **arguments)
+        self.load(sum(map(len, prompts)) + self.backbone.num_queries + IMAGE_TOKENS * images)
+        states = encode_prompts(self, prompts, max_tokens=longest, **arguments)
         return states.to(model_management.intermediate_device(), torch.float32)
 
     def _make_resident(self, *more: ModelPatcher) -> None:
@@ -183,12 +182,11 @@ class HostedVisionEncoder:
         dtype = compute_dtype(device)
         config = self.patcher.model.config
         tokens = (config.image_size // config.patch_size) ** 2
+        model_management.load_models_gpu([self.patcher], memory_required=tokens * config.width * ACTIVATIONS_PER_TOKEN * dtype.itemsize)
         rows = []
-        with memory_advice("encoding pictures", "Start ComfyUI with --lowvram or --cpu."):
-            model_management.load_models_gpu([self.patcher], memory_required=tokens * config.width * ACTIVATIONS_PER_TOKEN * dtype.itemsize)
-            for image in pixels:
-                model_management.throw_exception_if_processing_interrupted()
-                rows.append(self.patcher.model(image[None].to(device, dtype)).float())
+        for image in pixels:
+            model_management.throw_exception_if_processing_interrupted()
+            rows.append(self.patcher.model(image[None].to(device, dtype)).float())
         return torch.cat(rows).to(model_management.intermediate_device())
 
 

@@ -121,9 +121,10 @@ class ComfyServer:
 
     def start(self) -> None:
         """Starts the process and returns when it answers. Raises ServerError with the end of its log if it doesn't."""
-        link(self.base_directory / "custom_nodes" / self.folder, self.pack)
-        for path, target in self.models.items():
-            link(self.base_directory / "models" / path, target)
+        links = {f"custom_nodes/{self.folder}": self.pack, **{f"models/{path}": target for path, target in self.models.items()}}
+        for path, target in links.items():
+            if not (self.base_directory / path).is_symlink():  # there already when it is started again
+                link(self.base_directory / path, target)
         self.port = free_port()
         with self._log_file.open("wb") as log_file:
             self._process = subprocess.Popen(
@@ -168,6 +169,16 @@ class ComfyServer:
         except ServerError:
             return False
         return True
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        return self._running().pid
+
+    def kill(self) -> None:
+        """As the system does when memory is gone: no clean-up, no warning."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
 
     def rss_bytes(self) -> int:
         """Resident memory of the server process (Linux)."""

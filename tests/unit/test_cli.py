@@ -153,12 +153,15 @@ def test_inspect_counts_what_each_task_loads(blip3o, tiny_checkpoint):
     assert "text to image" in table and "218,748" in table
 
 
-def test_out_of_memory_names_the_cheaper_options(monkeypatch, tiny_checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("Tried to allocate 8 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError("numpy"),
+], ids=["device", "cpu", "python"])  # fmt: skip
+def test_out_of_memory_names_the_cheaper_options(monkeypatch, tiny_checkpoint, tmp_path, capsys, error):
     from blip3o_core.cli.main import main
     from blip3o_core.models.sdxl import SdxlDecoder
 
     def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("Tried to allocate 8 GiB")
+        raise error
 
     monkeypatch.setattr(SdxlDecoder, "sample_latents", exhausted)
     code = main(["generate", "a cat", "--model", str(tiny_checkpoint), "--output", str(tmp_path), *map(str, QUICK)])
