@@ -53,6 +53,7 @@ def thumbnails(pipe: Blip3oPipeline, hearts: Blip3oPipeline) -> dict[str, Image.
         "text_to_image": grid(pipe.generate(
             ["a red circle left of a blue square", "a large yellow star on a black background", "three green rings",
              "a purple triangle above an orange cross"], seeds=[7, 7, 7, 7])),
+        "app": with_text(pipe.generate(["a red circle left of a blue square"], seeds=[7])[0], ["a red circle left of a blue square"]),
         "text_to_image_lora": grid(hearts.generate(
             [f"a {colour} heart on a {ground} background" for colour, ground in
              (("red", "white"), ("yellow", "black"), ("blue", "grey"), ("green", "white"))], seeds=[7, 7, 7, 7])),

@@ -3,10 +3,12 @@
 A file that contradicts itself or the host's node definitions fails an assertion that names the node and what is wrong.
 """
 
+import copy
 from itertools import combinations
 from typing import Any, NamedTuple
 
 NOTES = {"MarkdownNote", "Note"}
+INPUTS_OF_A_SUBGRAPH, OUTPUTS_OF_A_SUBGRAPH = -10, -20  # as nodes at the ends of its links
 REROUTE = "Reroute"  # one input, one output; known to the front end only
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = {"seed", "noise_seed"}  # the front end puts control_after_generate below these unless the schema says no
@@ -49,6 +51,43 @@ def to_api(workflow: dict[str, Any], object_info: ObjectInfo) -> Graph:
             "inputs": widget_values(node, object_info[node["type"]]) | linked,  # a link beats the widget that it covers
         }
     return graph
+
+
+def blueprint_to_api(blueprint: dict[str, Any], object_info: ObjectInfo) -> tuple[Graph, list[list[str]]]:
+    """What the box of a subgraph blueprint runs with the values that it ships, and the inputs [node id, name] that wait for a link."""
+    [box], [inner] = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert box["type"] == inner["id"], "the box is of another subgraph"
+    assert [entry["name"] for entry in box["inputs"]] == [entry["name"] for entry in inner["inputs"]]
+    inside = [link for link in inner["links"] if link["origin_id"] != INPUTS_OF_A_SUBGRAPH and link["target_id"] != OUTPUTS_OF_A_SUBGRAPH]
+    nodes, offered = copy.deepcopy(inner["nodes"]), {}
+    for node in nodes:
+        for slot, entry in enumerate(node["inputs"]):
+            for link in inner["links"]:
+                if link["id"] == entry["link"] and link["origin_id"] == INPUTS_OF_A_SUBGRAPH:
+                    assert (link["target_id"], link["target_slot"]) == (node["id"], slot), f"{name_of(node)}: {entry['name']} dangles"
+                    offered[str(node["id"]), entry["name"]] = inner["inputs"][link["origin_slot"]]["name"]
+                    entry["link"] = None
+        for entry in node["outputs"]:
+            entry["links"] = [link["id"] for link in inside if link["id"] in (entry["links"] or [])]
+    flat = {
+        "nodes": nodes,
+        "last_node_id": inner["state"]["lastNodeId"],
+        "last_link_id": inner["state"]["lastLinkId"],
+        "links": [[link[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")] for link in inside],
+    }
+    graph = to_api(flat, object_info)
+    shown = box["properties"]["proxyWidgets"]
+    assert len(shown) == len(box["widgets_values"])
+    values = {name: value for (node_id, name), value in zip(shown, box["widgets_values"], strict=True) if node_id == "-1"}
+    for node_id, _name in shown:
+        assert node_id == "-1" or node_id in graph, f"the box shows a widget of node {node_id}, which is not there"
+    sockets = []
+    for (node_id, name), offered_as in offered.items():
+        if offered_as in values:
+            graph[node_id]["inputs"][name] = values[offered_as]
+        else:
+            sockets.append([node_id, name])
+    return graph, sockets
 
 
 def read_links(workflow: dict[str, Any], nodes: dict[int, Node]) -> dict[int, Link]:

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from ..nodes.workflow_files import check_layout, to_api
+from ..nodes.schemas import read_schemas
+from ..nodes.workflow_files import blueprint_to_api, check_layout, to_api
 from .comfy_server import ComfyServer
 from .hosts import REPOSITORY
 
 UI_FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
 API_FILES = sorted((REPOSITORY / "workflows" / "api").glob("*.json"))
+BLUEPRINTS = sorted((REPOSITORY / "subgraphs").glob("*.json"))
+BOXED = {"BLIP3-o Text to Image": "text_to_image", "BLIP3-o Edit": "image_editing", "BLIP3-o Ask": "image_understanding"}
 
 Workflow = dict[str, Any]
 
@@ -51,6 +55,43 @@ def test_a_workflow_says_the_same_in_both_formats(file: Path, object_info: dict)
 @pytest.mark.parametrize("file", UI_FILES, ids=by_name)
 def test_nodes_of_a_workflow_lie_side_by_side(file: Path) -> None:
     check_layout(read(file))
+
+
+@pytest.mark.parametrize("file", UI_FILES, ids=by_name)
+def test_a_workflow_has_a_picture_and_says_which_files_go_where(file: Path) -> None:
+    with Image.open(file.with_suffix(".jpg")) as picture:
+        picture.load()
+        assert min(picture.size) >= 384 and file.with_suffix(".jpg").stat().st_size < 100_000
+    notes = " ".join(str(node["widgets_values"]) for node in read(file)["nodes"] if node["type"] == "MarkdownNote")
+    assert "models/blip3o" in notes and "huggingface.co" in notes
+
+
+def test_every_node_is_used_in_a_workflow() -> None:
+    used = {node["class_type"] for file in API_FILES for node in read(file).values()}
+    assert {schema.node_id for schema in read_schemas()} <= used
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=by_name)
+def test_a_blueprint_is_the_shipped_workflow_in_a_box(file: Path, object_info: dict, server: ComfyServer) -> None:
+    """But for what is outside of the box: the picture that goes in, what is done with the one that comes out, and the seed."""
+    offered = {entry["name"] for entry in server.get("/global_subgraphs").values() if entry["info"]["node_pack"].endswith(server.folder)}
+    assert offered == {file.stem for file in BLUEPRINTS}
+    graph, sockets = blueprint_to_api(read(file), object_info)
+    whole = read(API_FILES[0].parent / f"{BOXED[file.stem]}.json")
+    [seed] = [key for key, node in graph.items() if node["class_type"] == "PrimitiveInt"] or [None]
+    for key, node in graph.items():
+        if key == seed:
+            continue
+        expected = {**whole[key]["inputs"]}
+        for name, value in node["inputs"].items():
+            if value == [seed, 0]:
+                assert graph[seed]["inputs"]["value"] == expected.pop(name)
+        found = {name: value for name, value in node["inputs"].items() if value != [seed, 0]}
+        for name in [name for node_id, name in sockets if node_id == key]:
+            assert whole[expected.pop(name)[0]]["class_type"] == "LoadImage"
+        assert found == expected, key
+    left_out = {whole[key]["class_type"] for key in whole.keys() - graph.keys()}
+    assert left_out <= {"LoadImage", "SaveImage", "PreviewAny", "Blip3oAsk"}
 
 
 def drop_a_link(workflow: Workflow) -> None:
