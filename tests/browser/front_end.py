@@ -200,6 +200,19 @@ class FrontEnd:
         library.locator("input").first.fill(text)
         return library.get_by_role("treeitem")
 
+    def add_from_library(self, name: str) -> None:
+        """Finds a node or blueprint in the node library, picks it up and puts it down on the canvas."""
+        found = self.search_library(name)
+        self.page.wait_for_timeout(1000)  # until then it shows what it showed before
+        found.get_by_text(name, exact=True).last.click()
+        self.page.wait_for_timeout(500)
+        self.page.mouse.click(SIZE["width"] * 0.6, SIZE["height"] / 2)
+        self.page.wait_for_function("() => window.app.graph.nodes.length > 0")
+
+    def widgets(self, node: Node) -> list[str]:
+        """Labels of the settings that the node shows."""
+        return self.page.evaluate("id => window.app.graph.getNodeById(id).widgets.map(one => one.label ?? one.name)", node.id)
+
     def screenshot(self, name: str, **options: Any) -> Path:
         """Puts a JPEG of the tab into the folder of screenshots."""
         file = self.screenshots / f"{name}.jpg"
