@@ -1,7 +1,6 @@
 """Device and dtype, as a user names them."""
 
 import importlib
-import re
 
 import torch
 
@@ -41,10 +40,13 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is about memory, of an accelerator or of the machine: for the latter torch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and re.search("can't allocate memory|Cannot allocate memory", str(error)) is not None
-    )
+    """Whether this is about memory, of an accelerator or of the machine: for the latter torch has no class of its own.
+
+    "could not create a primitive" is what oneDNN, which computes convolutions on the CPU, says of an allocation that failed.
+    """
+    texts = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
+    said = isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in texts)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def require_package(name: str, *, extra: str, purpose: str):
