@@ -47,7 +47,7 @@ def comfy_cli(action: str, folder: Path) -> str:
                "comfy", "--skip-prompt", "--no-enable-telemetry", "node", action]  # fmt: skip
     result = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=DOWNLOAD_TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 def test_the_archive_holds_what_runs_and_nothing_else(archive: Path) -> None:
@@ -70,7 +70,7 @@ def test_it_installs_runs_and_leaves_nothing_behind(archive: Path, host: Host, t
     (base / "custom_nodes" / "comfyui-blip3o").unlink()
     with ComfyServer(host, base, folder="another-pack", pack=empty_pack(tmp_path)) as server:
         assert not any(name.startswith("Blip3o") for name in server.object_info())
-        assert "blip3o" not in server.log().lower()
+        assert "IMPORT FAILED" not in server.log()
     left = [file for folder in ("models", "custom_nodes", "user") for file in (base / folder).rglob("*") if "blip3o" in file.name.lower()]
     assert left == []
 
