@@ -91,14 +91,15 @@ class FrontEnd:
         dialog.get_by_role("button", name=self.server.folder).click()
         return dialog
 
-    def open_template(self, name: str) -> None:
-        """Opens a workflow of this pack from the template browser, and shows all of it."""
+    def open_template(self, name: str, *, as_app: bool = False) -> None:
+        """Opens a workflow of this pack from the template browser, and shows all of it. An app has no graph to be seen."""
         dialog = self.browse_templates()
         dialog.get_by_test_id(f"template-workflow-{name}").click()
         expect(dialog).to_have_count(0)
-        expect(self.page.locator(".workflow-tabs").get_by_text(name, exact=True)).to_be_visible()
+        expect(self.page.locator(".workflow-tabs").get_by_text(name, exact=True).filter(visible=True).first).to_be_visible()
         self.page.wait_for_function("() => window.app.graph.nodes.length > 0")
-        self.fit()
+        if not as_app:
+            self.fit()
 
     def fit(self) -> None:
         """Brings the whole graph into view."""
@@ -200,11 +201,13 @@ class FrontEnd:
         library.locator("input").first.fill(text)
         return library.get_by_role("treeitem")
 
-    def add_from_library(self, name: str) -> None:
-        """Finds a node or blueprint in the node library, picks it up and puts it down on the canvas."""
+    def add_blueprint(self, name: str) -> None:
+        """Finds a blueprint in the node library, picks it up and puts it down on the canvas."""
         found = self.search_library(name)
         self.page.wait_for_timeout(1000)  # until then it shows what it showed before
-        found.get_by_text(name, exact=True).last.click()
+        texts = [text.strip() for text in found.all_inner_texts()]
+        heading = next(index for index, text in enumerate(texts) if "Blueprints" in text)
+        found.nth(texts.index(name, heading)).get_by_text(name, exact=True).click()  # a node may be called the same
         self.page.wait_for_timeout(500)
         self.page.mouse.click(SIZE["width"] * 0.6, SIZE["height"] / 2)
         self.page.wait_for_function("() => window.app.graph.nodes.length > 0")

@@ -30,7 +30,7 @@ SEED = "seed"
 )
 def test_a_blueprint_is_found_and_runs(front_end: FrontEnd, server: ComfyServer, host: Host, name: str, source: str | None, sink: str):
     front_end.page.evaluate("() => window.app.graph.clear()")
-    front_end.add_from_library(name)
+    front_end.add_blueprint(name)
     [box] = front_end.nodes()
     assert (box.title, box.known, box.wrong) == (name, True, False)
     assert SEED in front_end.widgets(box)

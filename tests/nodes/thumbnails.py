@@ -15,6 +15,7 @@ from blip3o_core.variants.blip3o import NANO_FOLDER
 from .schemas import REPOSITORY
 
 SIDE, GAP, QUALITY = 512, 6, 88
+PROMPT = "a red circle left of a blue square"
 HEARTS = REPOSITORY / "tests" / "data" / "nano" / "hearts.safetensors"
 TWO = Scene((Object("circle", "red", "large", (0.3, 0.4)), Object("square", "blue", "large", (0.7, 0.6))), "white")
 APART = Scene((Object("circle", "red", "large", (0.25, 0.28)), Object("square", "blue", "large", (0.75, 0.72))), "white")
@@ -51,9 +52,9 @@ def thumbnails(pipe: Blip3oPipeline, hearts: Blip3oPipeline) -> dict[str, Image.
     [drawn] = pipe.generate([full], seeds=[7])
     return {
         "text_to_image": grid(pipe.generate(
-            ["a red circle left of a blue square", "a large yellow star on a black background", "three green rings",
+            [PROMPT, "a large yellow star on a black background", "three green rings",
              "a purple triangle above an orange cross"], seeds=[7, 7, 7, 7])),
-        "app": with_text(pipe.generate(["a red circle left of a blue square"], seeds=[7])[0], ["a red circle left of a blue square"]),
+        "draw_and_ask": with_text(pipe.generate([PROMPT], seeds=[7])[0], [PROMPT]),
         "text_to_image_lora": grid(hearts.generate(
             [f"a {colour} heart on a {ground} background" for colour, ground in
              (("red", "white"), ("yellow", "black"), ("blue", "grey"), ("green", "white"))], seeds=[7, 7, 7, 7])),
