@@ -1,5 +1,6 @@
 """Where checkpoints lie: the `blip3o` model folder, its listing, and picked name -> path."""
 
+import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
@@ -116,12 +117,13 @@ def _is_qwen(path: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced."""
-    if folder.is_file():
-        return f"{folder.name}:{folder.stat().st_mtime_ns}:{folder.stat().st_size}"
+    """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced. 16 hex digits: the host
+    writes it into every picture."""
     depths = ("", "*/", "*/*/")  # the root, its decoder, the parts of the decoder
-    files = sorted(path for depth in depths for kind in ("bin", "safetensors", "json") for path in folder.glob(f"{depth}*.{kind}"))
-    return ";".join(f"{path.relative_to(folder)}:{path.stat().st_mtime_ns}:{path.stat().st_size}" for path in files)
+    files = [folder] if folder.is_file() else sorted(
+        path for depth in depths for kind in ("bin", "safetensors", "json") for path in folder.glob(f"{depth}*.{kind}"))  # fmt: skip
+    told = ";".join(f"{path.relative_to(folder.parent)}:{path.stat().st_mtime_ns}:{path.stat().st_size}" for path in files)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _candidates() -> list[tuple[str, Path]]:
