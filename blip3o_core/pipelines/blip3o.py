@@ -104,7 +104,7 @@ class Blip3oPipeline:
             sana_positions, decoder_scheduler: switches of a SANA decoder, see `SanaDecoderCheckpoint.open`.
             offload: which networks are in memory at once: "none" (all that were needed), "stage" (those of one stage), "layer" (one
                 layer at a time); "auto" takes the first that fits into the free memory of the device.
-            qwen: folder of the Qwen2.5-VL-Instruct that a split takes its backbone from (`blip3o split`).
+            qwen: folder or file of the Qwen2.5-VL-Instruct that a split takes its backbone from (`blip3o split`).
             on_load: (component, bytes read, bytes in all) while weights are loaded.
         Raises: CheckpointError if files are missing or damaged, don't match, or the decoder reads other embeddings; InputError
             if a LoRA is for another base.
