@@ -67,7 +67,8 @@ def _hardware_and_models(models: Sequence[Path], device: str, dtype: str, proble
     chosen = resolve_device(device)
     precision = resolve_dtype(dtype, chosen)
     free = free_memory(chosen)
-    roots = [*models, *([Path(os.environ[MODEL_VARIABLE])] if os.environ.get(MODEL_VARIABLE) else []), Path()]
+    named = os.environ.get(MODEL_VARIABLE, "")
+    roots = [*models, *([Path(named)] if named not in ("", "nano") else []), Path()]  # nano is looked at anyway
     found = [_model(folder, precision, free) for folder in _model_folders(roots)]
     problems += [f"{root}: no such folder. Correct --models or {MODEL_VARIABLE}." for root in roots if not root.expanduser().is_dir()]
     problems += [model["error"] for model in found if model["error"]]
