@@ -101,7 +101,8 @@ class Blip3oPipeline:
             vision_encoder: folder or file of the EVA-CLIP tower; None takes the one inside the checkpoint when it is needed.
             loras: (file, strength) pairs, added to the weights in this order when those are loaded.
             allow_other_base: take LoRAs that say they were trained on another base; layers and shapes must fit anyway.
-            sana_positions, decoder_scheduler: switches of a SANA decoder, see `SanaDecoderCheckpoint.open`.
+            sana_positions: a switch of SANA decoders, see `SanaDecoderCheckpoint.open`.
+            decoder_scheduler: "dpmsolver++" or "euler"; None takes that of the reference, which for the SDXL decoder is euler.
             offload: which networks are in memory at once: "none" (all that were needed), "stage" (those of one stage), "layer" (one
                 layer at a time); "auto" takes the first that fits into the free memory of the device.
             qwen: folder or file of the Qwen2.5-VL-Instruct that a split takes its backbone from (`blip3o split`).
@@ -560,6 +561,7 @@ class Blip3oPipeline:
         return {
             "model": self.checkpoint.folder.resolve().name,
             "decoder": "" if decoder is None else decoder.folder.resolve().name,
+            "decoder_scheduler": "" if decoder is None else decoder.scheduler,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "blip3o": __version__,

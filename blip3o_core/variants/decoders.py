@@ -13,11 +13,11 @@ DecoderCheckpoint = SdxlDecoderCheckpoint | SanaDecoderCheckpoint
 def open_decoder(folder: str | Path, *, positions: str | None = None, scheduler: str | None = None) -> DecoderCheckpoint:
     """A SigLIP2 + SANA decoder if config.json says so, else an SDXL decoder.
 
-    positions, scheduler: switches of a SANA decoder. Raises CheckpointError if it is neither, InputError for a switch it doesn't have.
+    scheduler: None takes that of the reference. positions: a switch of SANA decoders. Raises CheckpointError if it is neither, InputError
+    for a switch or value that it doesn't have.
     """
     if is_sana_decoder(Path(os.path.expanduser(folder))):
         return SanaDecoderCheckpoint.open(folder, positions=positions, scheduler=scheduler)
-    if positions is not None or scheduler is not None:
-        raise InputError(f"{folder}: no SANA decoder, so it has no choice of positions or scheduler. Leave them out, or give the folder "
-                         "of SigLIP2_SANA.")
-    return SdxlDecoderCheckpoint.open(folder)
+    if positions is not None:
+        raise InputError(f"{folder}: no SANA decoder, so it has no choice of positions. Leave them out, or give SigLIP2_SANA.")
+    return SdxlDecoderCheckpoint.open(folder, scheduler=scheduler)

@@ -16,8 +16,8 @@ from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
 from ..checkpoint.settings import number, require_countable, require_plain, sensible, whole
 from ..checkpoint.shards import TensorEntry, open_shards
-from ..errors import CheckpointError
-from ..models.sdxl import SdxlDecoder, vae_factor
+from ..errors import CheckpointError, InputError
+from ..models.sdxl import FEWER_STEPS, SCHEDULERS, SdxlDecoder, vae_factor
 
 FOLDER_NAME = "diffusion-decoder"
 WEIGHTS = "diffusion_pytorch_model"
@@ -54,10 +54,16 @@ class SdxlDecoderCheckpoint:
     scheduler_config: Mapping[str, Any]
     unet: dict[str, TensorEntry]
     vae: dict[str, TensorEntry]
+    scheduler: str = SCHEDULERS[0]
 
     @classmethod
-    def open(cls, folder: str | Path) -> "SdxlDecoderCheckpoint":
-        """Raises CheckpointError if `folder` (or its `diffusion-decoder/`) is no complete decoder for CLIP embeddings."""
+    def open(cls, folder: str | Path, *, scheduler: str | None = None) -> "SdxlDecoderCheckpoint":
+        """Raises CheckpointError if `folder` (or its `diffusion-decoder/`) is no complete decoder for CLIP embeddings.
+
+        scheduler: "euler" (None), as the reference, or "dpmsolver++", which needs half of its steps. Raises InputError for another.
+        """
+        if scheduler not in (None, *SCHEDULERS):
+            raise InputError(f"the scheduler {scheduler!r} of the decoder is unknown. Use one of {', '.join(SCHEDULERS)}.")
         given = Path(os.path.expanduser(folder))
         if given.is_file():
             raise CheckpointError(f"{given}: a single file, but the decoder is a folder with unet/, vae/ and scheduler/.")
@@ -72,6 +78,7 @@ class SdxlDecoderCheckpoint:
             scheduler_config=_read_config(found / "scheduler" / "scheduler_config.json", "EulerDiscreteScheduler"),
             unet=open_shards(found / "unet", WEIGHTS, VARIANTS),
             vae=open_shards(found / "vae", WEIGHTS, VARIANTS),
+            scheduler=scheduler or SCHEDULERS[0],
         )
         checkpoint._require_embedding_condition()
         checkpoint._require_sensible_settings()
@@ -103,8 +110,8 @@ class SdxlDecoderCheckpoint:
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """Of DrawingDefaults, in place of the model's: none."""
-        return {}
+        """Of DrawingDefaults, in place of the model's."""
+        return {"decoder_steps": FEWER_STEPS} if self.scheduler == "dpmsolver++" else {}
 
     @property
     def factor(self) -> int:
@@ -128,7 +135,7 @@ class SdxlDecoderCheckpoint:
         vae = fill(vae, self.vae_decoder_entries, component="decoder's VAE", source=self.folder / "vae",
                    dtype=torch.float32 if dtype == torch.float16 else dtype, device=device, on_load=on_load,
                    stream=stream)  # fmt: skip
-        return SdxlDecoder(unet, vae, self.scheduler_config)
+        return SdxlDecoder(unet, vae, self.scheduler_config, self.scheduler)
 
     def empty_unet(self):
         """diffusers' UNet2DConditionModel of this configuration, on the meta device."""
