@@ -25,6 +25,7 @@ DTYPES = {
 }  # fmt: skip
 SCALE = "weight_scale"  # beside a quantised weight: see models/quantised.py
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+MAX_NAME_BYTES = 255  # of a file, on every file system in use
 CONVERT_CHUNK_BYTES = 32 * 2**20
 
 
@@ -147,6 +148,8 @@ def _read_index(index: Path) -> dict[str, TensorEntry]:
     for shard in sorted(set(files.values())):
         if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or ":" in shard:
             raise CheckpointError(f"{index}: names the shard {shard!r} outside of its own folder. Don't use this checkpoint.")
+        if len(shard.encode(errors="replace")) > MAX_NAME_BYTES:
+            raise CheckpointError(f"{index}: names the shard {shard!r:.60}..., which no file can be called. Download it again.")
     absent = sorted(shard for shard in set(files.values()) if not (index.parent / shard).is_file())
     if absent:
         raise CheckpointError(f"{index.parent}: {len(absent)} of {len(set(files.values()))} shards are missing: "

@@ -263,6 +263,10 @@ class SanaDecoderCheckpoint:
                     whole(config, name, source, high=MAX_SIDE if name.endswith("_size") else 2**31)
                 elif type(published) is float:
                     number(config, name, source, low=1e-9, high=1e6)
+        encoder = self.configs["encoder"]
+        if encoder["hidden_size"] % encoder["num_attention_heads"]:
+            raise CheckpointError(f"{self.folder}, configuration of the encoder: {encoder['num_attention_heads']} heads don't divide a "
+                                  f"width of {encoder['hidden_size']}. Take the configuration from the repository of the weights.")
         number(self.configs["scheduler"], "flow_shift", self.folder, low=0.01, high=100)
 
     def _used_encoder_entries(self) -> dict[str, TensorEntry]:

@@ -80,7 +80,7 @@ def resolve_lora(name: str) -> Path:
 
 def resolve_vision_encoder(name: str) -> Path:
     """The folder or file of a picked vision encoder. Raises CheckpointError for a name that the listing doesn't have."""
-    if not name.startswith(CLIP_VISION):
+    if not str(name).startswith(CLIP_VISION):
         return resolve(name)
     if name not in list_vision_encoders():
         raise CheckpointError(f"{name!r} is not in models/clip_vision (any more). Press R to refresh the list.")
@@ -89,7 +89,7 @@ def resolve_vision_encoder(name: str) -> Path:
 
 def resolve_qwen(name: str) -> Path:
     """The folder or file of a picked Qwen2.5-VL. Raises CheckpointError for a name that the listing doesn't have."""
-    if not name.startswith(TEXT_ENCODERS):
+    if not str(name).startswith(TEXT_ENCODERS):
         return resolve(name)
     if name not in list_qwen():
         raise CheckpointError(f"{name!r} is not in models/text_encoders (any more). Press R to refresh the list.")

@@ -100,6 +100,17 @@ def test_a_name_that_is_not_offered_is_rejected(server, name):
         server.run(graphs.text_to_image(checkpoint=name))
 
 
+def test_a_choice_that_is_null_is_an_error_that_can_be_read(server):
+    """Graphs over HTTP may say so; the host doesn't look."""
+    graph = graphs.embedding_only(1)
+    graph[graphs.LOADER]["inputs"]["qwen"] = None
+    expect_error(server, graph, "Blip3oCheckpointLoader", "None is not in models/blip3o")
+    embed = {"encoder": {"class_type": "Blip3oVisionEncoderLoader", "inputs": {"vision_encoder": None}}, "image": graphs.empty_image(8, 8),
+             "embed": {"class_type": "Blip3oImageEncode", "inputs": {"vision_encoder": ["encoder", 0], "images": ["image", 0]}},
+             "save": graphs.save_latent(["embed", 0])}  # fmt: skip
+    expect_error(server, embed, "Blip3oVisionEncoderLoader", "None is not in models/blip3o")
+
+
 @pytest.mark.parametrize(("prompt", "message"), [("", "the prompt is empty"), (" \n", "the prompt is empty"),
                                                  ("word " * 10_000, "tokens with its frame; this model takes 4031")])  # fmt: skip
 def test_a_prompt_that_can_not_be_encoded(server, prompt, message):

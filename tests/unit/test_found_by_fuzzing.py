@@ -149,6 +149,7 @@ def test_a_decoder_of_nonsense(checkpoint_copy, part, changes, message):
 
 
 @pytest.mark.parametrize(("part", "changes", "message"), [
+    ("siglip_vision", {"num_attention_heads": 1552}, "1552 heads don't divide a width of 64"),
     ("siglip_vision", {"num_hidden_layers": "3"}, "num_hidden_layers is '3'"), ("siglip_vision", 5, "no table of settings"),
     ("sana_transformer", {"num_layers": 10**9}, "num_layers is"), ("sana_transformer", {"sample_size": 10**6}, "sample_size is"),
     ("sana_transformer", {"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
@@ -169,6 +170,7 @@ def test_a_sana_decoder_of_nonsense(tmp_path, part, changes, message):
 def test_an_index_that_is_none(checkpoint_copy):
     for content, message in (('{"weight_map": {"a": 5}}', "not an index of shards"),
                              ('{"weight_map": {"a": "C:model.safetensors"}}', "outside of its own"),
+                             (json.dumps({"weight_map": {"a": "[" * 300}}), "which no file can be called"),
                              ('{"weight_map": {"a": "model.safetensors.index.json"}}', "not a safetensors file")):  # fmt: skip
         (checkpoint_copy / "model.safetensors.index.json").write_text(content, "utf-8")
         with pytest.raises(CheckpointError, match=message):
