@@ -96,7 +96,7 @@ def _parse_value(text: str) -> Word:
     toml = _toml_module()
     try:
         values = toml.loads(f"value = {text}")
-    except toml.TOMLDecodeError:
+    except (toml.TOMLDecodeError, ValueError):  # ValueError: a number of thousands of digits
         return Word(text, text)
     return Word(text, values["value"] if len(values) == 1 else text)
 

@@ -16,6 +16,7 @@ from ..checkpoint.load import OnLoad, expected_shapes, fill
 from ..checkpoint.report import require_matching
 from ..checkpoint.settings import require_countable, sensible
 from ..checkpoint.shards import SCALE, TensorEntry, open_shards, read_header, read_tensor
+from ..checkpoint.tokenizer_files import require_sensible_ids
 from ..errors import CheckpointError, InputError
 from ..models.nextdit import NextDiT, NextDiTConfig
 from ..models.quantised import adopt_quantised
@@ -135,6 +136,7 @@ class Blip3oCheckpoint:
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer beside the weights, checked for BLIP3-o's special tokens."""
+        require_sensible_ids(self.folder)
         return PromptTokenizer(self.folder)
 
     @property

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from blip3o_core import Blip3oPipeline, images
 from blip3o_core.checkpoint.json_files import read_table
 from blip3o_core.checkpoint.shards import open_shards, read_header
-from blip3o_core.errors import CheckpointError, InputError, readable
+from blip3o_core.errors import CheckpointError, ConfigError, InputError, readable
 from blip3o_core.images import load_image
 from blip3o_core.lora.files import read_lora
 from blip3o_core.lora.peft_folder import read_peft_folder
 from blip3o_core.models.qwen2_5_vl import text_config, vision_config
 from blip3o_core.pipelines.chat import Chat
+from blip3o_core.train.config import load_config
 from blip3o_core.variants.blip3o import Blip3oCheckpoint
 from blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint
 from blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
@@ -245,3 +246,17 @@ def test_control_characters_in_names_of_tensors_and_settings(checkpoint_copy, ed
     with pytest.raises(CheckpointError) as caught:
         Blip3oPipeline.from_pretrained(checkpoint_copy)
     assert "\\x1b[31mred" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token_id", [2**31 - 1, -1, "5", None])
+def test_a_vocabulary_that_would_end_the_process(checkpoint_copy, token_id):
+    file = checkpoint_copy / "vocab.json"
+    vocabulary = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**vocabulary, next(iter(vocabulary)): token_id}), "utf-8")
+    with pytest.raises(CheckpointError, match="vocab.json: the id of the token .* is .*, not a number below"):
+        Blip3oPipeline.from_pretrained(checkpoint_copy, device="cpu")
+
+
+def test_a_number_of_thousands_of_digits_as_an_option():
+    with pytest.raises(ConfigError, match="train.steps"):
+        load_config(None, ["train.steps=" + "9" * 5000])

@@ -125,6 +125,9 @@ def test_the_tokenizer_of_the_base_model(checkpoint_copy):
 
 def test_a_damaged_tokenizer(checkpoint_copy):
     (checkpoint_copy / "vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match="vocab.json: not readable as JSON"):
+        open_pipeline(checkpoint_copy)
+    (checkpoint_copy / "vocab.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer files are damaged"):
         open_pipeline(checkpoint_copy)
 
