@@ -76,11 +76,12 @@ class FrontEnd:
         self.screenshots = screenshots
         page.set_default_timeout(STEP_TIMEOUT_S * 1000)
 
-    def open(self) -> None:
+    def open(self, locale: str = "en") -> None:
         """Loads the front end with the settings that the tests start from."""
-        self.server.post("/settings", SETTINGS)
+        self.server.post("/settings", SETTINGS | {"Comfy.Locale": locale})
         self.page.goto(f"http://{ADDRESS}:{self.server.port}/")
-        expect(self.page.get_by_role("button", name="Run", exact=True).first).to_be_visible(timeout=LOAD_TIMEOUT_S * 1000)
+        run = re.compile("^(Run|Exécuter)$")
+        expect(self.page.get_by_role("button", name=run).first).to_be_visible(timeout=LOAD_TIMEOUT_S * 1000)
         self.page.wait_for_function("() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100")
         self.page.evaluate(LISTEN)
 

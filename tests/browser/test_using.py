@@ -1,5 +1,6 @@
 """What a person does beside running a workflow: reads the help, changes the language, stops a run, picks a model that is gone."""
 
+import json
 import re
 import shutil
 
@@ -11,6 +12,11 @@ from ..server.hosts import REPOSITORY
 from .front_end import FrontEnd
 
 ENCODER = "Blip3oTextEncode"
+ADD_AND_READ_LABELS = """type => {
+    const node = LiteGraph.createNode(type)
+    window.app.graph.add(node)
+    return Object.fromEntries(node.widgets.map(widget => [widget.name, widget.label ?? widget.name]))
+}"""
 
 
 def test_the_help_pane_of_a_node_shows_its_page(front_end: FrontEnd, host):
@@ -21,6 +27,10 @@ def test_the_help_pane_of_a_node_shows_its_page(front_end: FrontEnd, host):
     sentence = page.split("\n\n")[1].split(". ")[0]
     expect(pane).to_contain_text(sentence)
     expect(pane.locator("table").first).to_contain_text("backbone")
+    picture = pane.locator(f'img[src$="{ENCODER}.jpg"]')
+    picture.scroll_into_view_if_needed()
+    front_end.page.wait_for_function("picture => picture.naturalWidth > 200", arg=picture.element_handle())
+    pane.locator("h1").first.scroll_into_view_if_needed()
     front_end.screenshot(f"help-{host.version}")
 
 
@@ -29,6 +39,13 @@ def test_another_language(front_end: FrontEnd, host):
     front_end.languages(settings).get_by_text("Français", exact=True).click()
     front_end.close_dialog()
     expect(front_end.page.get_by_role("button", name="Exécuter", exact=True).first).to_be_visible()
+    french = json.loads((REPOSITORY / "locales" / "fr" / "nodeDefs.json").read_text("utf-8"))[ENCODER]
+    front_end.page.reload()  # names of nodes are read when the page is loaded
+    front_end.open(locale="fr")
+    found = front_end.search_library(french["display_name"])
+    expect(found.get_by_text(french["display_name"], exact=True).first).to_be_visible()
+    labels = front_end.page.evaluate(ADD_AND_READ_LABELS, ENCODER)
+    assert labels == {name: french["inputs"][name]["name"] for name in labels} and "prompt" in labels
     front_end.screenshot(f"french-{host.version}")
 
 

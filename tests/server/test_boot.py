@@ -1,11 +1,12 @@
 """The pack loads in ComfyUI, whatever its folder is called, and leaves the rest of ComfyUI as it was."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
 
 from .comfy_server import ComfyServer, PromptRejected
-from .hosts import Host
+from .hosts import REPOSITORY, Host
 
 
 @pytest.fixture(scope="module", params=["ComfyUI-BLIP3o", "some other name"])
@@ -31,6 +32,14 @@ def test_the_nodes_of_the_pack_come_from_its_folder(server: ComfyServer) -> None
     ours = {node_id for node_id, module in modules.items() if module == f"custom_nodes.{server.folder}"}
     assert ours
     assert ours == {node_id for node_id in modules if node_id.startswith("Blip3o")}
+
+
+def test_every_language_of_the_pack_is_served(server: ComfyServer) -> None:
+    served = server.get("/i18n")
+    for folder in (REPOSITORY / "locales").iterdir():
+        definitions = json.loads((folder / "nodeDefs.json").read_text("utf-8"))
+        assert definitions.items() <= served[folder.name]["nodeDefs"].items(), folder.name
+        assert set(definitions) == {name for name in server.object_info() if name.startswith("Blip3o")}
 
 
 def test_core_nodes_are_still_there(server: ComfyServer) -> None:

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from PIL import Image
 
+from ..nodes.help_graphs import section
 from ..nodes.schemas import REPOSITORY, NodeSchema, read_schemas
 
 PAGES = REPOSITORY / "web" / "docs"
@@ -30,7 +32,8 @@ def read_page(schema: NodeSchema) -> str:
 
 def test_every_node_has_a_page_and_every_page_a_node() -> None:
     assert SCHEMAS
-    assert {page.stem for page in PAGES.glob("*.md")} == {schema.node_id for schema in SCHEMAS}
+    for kind in ("md", "jpg"):
+        assert {page.stem for page in PAGES.glob(f"*.{kind}")} == {schema.node_id for schema in SCHEMAS}
 
 
 @each_node
@@ -57,3 +60,11 @@ def test_the_page_gives_defaults_and_ranges_as_the_code_does(schema: NodeSchema)
             assert cells[4] == f"{expected['min']} to {expected['max']}", name
         for word in ("optional", "advanced"):
             assert (f"({word})" in cells[1]) == bool(arguments.get(word)), f"{name}: {word}"
+
+
+@each_node
+def test_the_page_shows_the_node_and_where_it_stands_in_a_shipped_workflow(schema: NodeSchema) -> None:
+    """Otherwise: python -m tests.nodes.help_graphs, and python -m tests.browser.node_pictures for the pictures."""
+    assert section(schema).strip() in read_page(schema)
+    with Image.open(PAGES / f"{schema.node_id}.jpg") as picture:
+        assert picture.width > 200
