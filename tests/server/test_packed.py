@@ -26,18 +26,25 @@ CARRIED = (
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """node.zip, packed from a repository that holds what this one would commit."""
     copy = tmp_path_factory.mktemp("packing") / "pack"
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, check=True,
-                            capture_output=True, text=True).stdout.split("\0")  # fmt: skip
-    for name in filter(None, listed):
-        if (REPOSITORY / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, copy / name)
+    for name in own_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, copy / name)
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
         subprocess.run(command, cwd=copy, check=True)
     told = comfy_cli("validate", copy)
     assert "All validation checks passed" in told and not re.search(r"warning|error", told, re.IGNORECASE), told
     comfy_cli("pack", copy)
     return copy / "node.zip"
+
+
+def own_files() -> list[str]:
+    """What git knows or would add; of an export without its history, all but what building and testing leave behind."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [name for name in listed.stdout.split("\0") if (REPOSITORY / name).is_file()]
+    files = [str(file.relative_to(REPOSITORY)) for file in REPOSITORY.rglob("*") if file.is_file()]
+    return [file for file in files if not re.search(r"(^|/)(\.git|__pycache__|build|\.venv.*|\.\w+_cache|[^/]+\.egg-info)/", file)]
 
 
 def comfy_cli(action: str, folder: Path) -> str:
