@@ -49,6 +49,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
+def first_line(error: BaseException) -> str:
+    """What it says in short; its class if it says nothing, as MemoryError often does."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require_package(name: str, *, extra: str, purpose: str):
     """The imported optional package. Raises InputError that says how to install it."""
     try:

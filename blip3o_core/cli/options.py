@@ -110,11 +110,11 @@ def open_pipeline(args: argparse.Namespace, bars: ProgressBars, vision_encoder: 
 @contextlib.contextmanager
 def memory_errors(device: object, doing: str, advice: str) -> Iterator[None]:
     """An exhausted device becomes an InputError that names the options which take less."""
-    from ..runtime import is_out_of_memory
+    from ..runtime import first_line, is_out_of_memory
 
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(f"out of memory on {device} while {doing} ({str(error).splitlines()[0]}). {advice}") from error
+        raise InputError(f"out of memory on {device} while {doing} ({first_line(error)}). {advice}") from error

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(print_config(config), end="")
         return 0
-    from ..runtime import is_out_of_memory
+    from ..runtime import first_line, is_out_of_memory
 
     try:
         if args.dry_run:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TrainingError(f"out of memory ({reason}). What was saved is intact. Less is taken by "
                             "train.gradient_checkpointing=true, by cache.enabled=true, and by a lower train.batch_size with a higher "
                             "train.gradient_accumulation; --dry-run estimates it.") from error  # fmt: skip

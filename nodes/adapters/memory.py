@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import comfy.model_management as model_management
 
-from ...blip3o_core.runtime import is_out_of_memory
+from ...blip3o_core.runtime import first_line, is_out_of_memory
 
 LESS_MEMORY = "Use a checkpoint in 8 or 4 bits (blip3o quantize), fewer or smaller pictures, or start ComfyUI with --lowvram or --cpu."
 SMALLER_PICTURE = "Set a smaller width, height or batch_size of the picture."
@@ -20,4 +20,4 @@ def memory_advice(doing: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise model_management.OOM_EXCEPTION(f"out of memory while {doing} ({str(error).splitlines()[0]:.200}). {advice}") from error
+        raise model_management.OOM_EXCEPTION(f"out of memory while {doing} ({first_line(error):.200}). {advice}") from error
