@@ -68,3 +68,15 @@ def test_every_input_and_output_of_every_node_has_a_tooltip():
         for call in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("Input", "Output"):
                 assert "tooltip" in {keyword.arg for keyword in call.keywords}, f"{file.name}:{call.lineno} has no tooltip"
+
+
+SOCKETS = ("inputs", "outputs")
+
+
+def test_every_node_is_found_by_other_names_and_in_the_menu_of_the_pack():
+    for file in sorted((REPOSITORY / "nodes").glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema":
+                told = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg not in SOCKETS}
+                assert told["category"].startswith("BLIP3-o/") and told["description"], told["node_id"]
+                assert len(told["search_aliases"]) >= 2 and any("BLIP3o" in alias for alias in told["search_aliases"]), told["node_id"]
