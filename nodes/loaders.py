@@ -52,11 +52,9 @@ class Blip3oCheckpointLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None = None, qwen: str | None = None) -> bool | str:
-        found = folders.is_offered(checkpoint, folders.list_checkpoints())
-        if found is not True:
-            return found
-        return folders.is_offered(qwen, [INSIDE, *folders.list_qwen()], "models/blip3o nor models/text_encoders")
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        # not qwen too: the host marks every input that is named here when one of them is wrong
+        return folders.is_offered(checkpoint, folders.list_checkpoints())
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, qwen: str = INSIDE) -> str:

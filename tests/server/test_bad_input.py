@@ -104,7 +104,8 @@ def test_a_choice_that_is_null_is_an_error_that_can_be_read(server):
     """Graphs over HTTP may say so; the host doesn't look."""
     graph = graphs.embedding_only(1)
     graph[graphs.LOADER]["inputs"]["qwen"] = None
-    expect_error(server, graph, "Blip3oCheckpointLoader", "None is not in models/blip3o")
+    with pytest.raises(PromptRejected, match="value_not_in_list"):
+        server.run(graph)
     embed = {"encoder": {"class_type": "Blip3oVisionEncoderLoader", "inputs": {"vision_encoder": None}}, "image": graphs.empty_image(8, 8),
              "embed": {"class_type": "Blip3oImageEncode", "inputs": {"vision_encoder": ["encoder", 0], "images": ["image", 0]}},
              "save": graphs.save_latent(["embed", 0])}  # fmt: skip

@@ -1,6 +1,5 @@
 """Checkpoints that are no plain copy of the published one: split from their Qwen2.5-VL, and in 8 and 4 bits."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def test_a_whole_model_takes_no_qwen_and_a_qwen_must_be_there(server: ComfyServe
     result = server.run(graph)
     assert result.status == "error" and "has a backbone of its own" in result.error["exception_message"]
     graph[graphs.LOADER]["inputs"]["qwen"] = "text_encoders/../blip3o/tiny/model.safetensors"
-    with pytest.raises(PromptRejected, match=re.escape("is not in models/blip3o nor models/text_encoders")):
+    with pytest.raises(PromptRejected, match="value_not_in_list"):
         server.run(graph)
 
 
