@@ -22,10 +22,11 @@ from .payload import PICKLES, write_pickle
 DATA = Path(__file__).parents[1] / "data"
 CHECKPOINT, EVA = DATA / "sdxl" / "checkpoint", DATA / "sdxl" / "eva_clip_vision_tower"
 PICKS = {
-    "Blip3oCheckpointLoader": "checkpoint", "Blip3oSDXLDecoderLoader": "decoder", "Blip3oSANADecoderLoader": "decoder",
-    "Blip3oVisionEncoderLoader": "vision_encoder", "Blip3oLoraLoader": "lora_name",
+    "Blip3oCheckpointLoader": ("checkpoint", "qwen"), "Blip3oSDXLDecoderLoader": ("decoder",), "Blip3oSANADecoderLoader": ("decoder",),
+    "Blip3oVisionEncoderLoader": ("vision_encoder",), "Blip3oLoraLoader": ("lora_name",),
 }  # fmt: skip
-"""Node -> its input that names a folder or a file. Nothing else in this package takes a path from a prompt."""
+"""Node -> its inputs that name a folder or a file. Nothing else in this package takes a path from a prompt."""
+EACH_PICK = [(node, name) for node, inputs in PICKS.items() for name in inputs]
 
 
 @pytest.fixture(scope="module", params=selected_hosts(), ids=lambda spec: spec.name)
@@ -65,9 +66,11 @@ def names(server: ComfyServer) -> list[str]:
     ]  # fmt: skip
 
 
-def graph(node: str, name: object) -> dict:
-    """The node with this name, what it needs, and something that shows what it returns."""
-    inputs = {PICKS[node]: name}
+def graph(node: str, name: object, picked: str | None = None) -> dict:
+    """The node with this name in an input (its first), what it needs, and something that shows what it returns."""
+    inputs = {picked or PICKS[node][0]: name}
+    if picked == "qwen":
+        inputs["checkpoint"] = "owner/model"
     parts = {"target": {"class_type": node, "inputs": inputs}, "shown": {"class_type": "PreviewAny", "inputs": {"source": ["target", 0]}}}
     if node == "Blip3oSANADecoderLoader":
         inputs.update(positions="automatic", scheduler="automatic")
@@ -77,26 +80,26 @@ def graph(node: str, name: object) -> dict:
     return parts
 
 
-def as_constant(node: str, name: str) -> dict:
-    return graph(node, name)
+def as_constant(node: str, name: str, picked: str | None = None) -> dict:
+    return graph(node, name, picked)
 
 
-def by_link(node: str, name: str) -> dict:
+def by_link(node: str, name: str, picked: str | None = None) -> dict:
     """Through a node of core that passes on whatever it gets."""
     text = {"class_type": "PrimitiveString", "inputs": {"value": name}}
     switch = {"class_type": "ComfySwitchNode", "inputs": {"switch": True, "on_false": ["text", 0], "on_true": ["text", 0]}}
-    return graph(node, ["switch", 0]) | {"text": text, "switch": switch}
+    return graph(node, ["switch", 0], picked) | {"text": text, "switch": switch}
 
 
 @pytest.mark.parametrize("way", [as_constant, by_link])
-@pytest.mark.parametrize("node", PICKS)
-def test_a_name_that_is_not_listed_opens_nothing(server, node, way: Callable[[str, str], dict]):
-    listed = offered(server, node)
+@pytest.mark.parametrize(("node", "picked"), EACH_PICK)
+def test_a_name_that_is_not_listed_opens_nothing(server, node, picked, way: Callable[[str, str, str], dict]):
+    listed = offered(server, node, picked)
     for name in names(server):
         if name in listed:
             continue
         try:
-            result = server.run(way(node, name), timeout_s=60)
+            result = server.run(way(node, name, picked), timeout_s=60)
         except PromptRejected:
             continue
         assert result.status == "error", name
@@ -105,8 +108,9 @@ def test_a_name_that_is_not_listed_opens_nothing(server, node, way: Callable[[st
     assert server.is_alive()
 
 
-def offered(server: ComfyServer, node: str) -> list[str]:
-    kind, *rest = server.object_info()[node]["input"]["required"][PICKS[node]]
+def offered(server: ComfyServer, node: str, picked: str | None = None) -> list[str]:
+    described = server.object_info()[node]["input"]
+    kind, *rest = {**described["required"], **described.get("optional", {})}[picked or PICKS[node][0]]
     return kind if isinstance(kind, list) else rest[0]["options"]
 
 
@@ -133,7 +137,7 @@ def test_every_input_that_names_files_is_among_those_tried(server):
             inputs = {**described["input"].get("required", {}), **described["input"].get("optional", {})}
             lists = {name for name, (kind, *_) in inputs.items() if isinstance(kind, list) or kind == "COMBO"}
             files = lists - {"positions", "scheduler", "stage", "mode", "preset", "image_size", "schedule", "solver"}
-            assert files == ({PICKS[node]} if node in PICKS else set()), node
+            assert files == set(PICKS.get(node, ())), node
             assert not [name for name in inputs if any(word in name for word in ("path", "file", "folder", "directory", "prefix"))], node
 
 
