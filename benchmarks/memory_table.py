@@ -2,7 +2,7 @@
 
     python benchmarks/memory_table.py
 
-What passes through the networks comes on top: see the README.
+What passes through the networks comes on top: see docs/memory.md.
 """
 
 import json
@@ -13,7 +13,9 @@ import torch
 
 from blip3o_core.checkpoint.shards import TensorEntry
 from blip3o_core.checkpoint.streaming import KEPT_BYTES
+from blip3o_core.models.quantised import FORMATS, stored_as
 from blip3o_core.variants.blip3o import TASKS, split_components
+from blip3o_core.variants.quantise import FINE
 from blip3o_core.variants.sdxl_decoder import VAE_ENCODER_PREFIXES
 
 MANIFESTS = Path(__file__).parents[1] / "tests" / "data" / "manifests"
@@ -33,6 +35,21 @@ def main() -> None:
             for dtype in PRECISIONS:
                 cells = " | ".join(f"{nbytes / 1e9:.1f} GB" for nbytes in table_row(used, dtype.itemsize))
                 print(f"| {task} | {size.upper()} | {str(dtype).removeprefix('torch.')} | {cells} |")
+    print("\n| backbone | 4B | 8B |\n|---|---|---|")
+    for kind in (None, *FORMATS):
+        cells = (backbone_bytes(published(size), kind) for size in ("4b", "8b"))
+        print(f"| {kind or 'bfloat16'} | " + " | ".join(f"{nbytes / 1e9:.1f} GB" for nbytes in cells) + " |")
+
+
+def backbone_bytes(components: Mapping[str, Shapes], kind: str | None) -> int:
+    """As `save_quantised` stores it; None is bfloat16."""
+    total = 0
+    for name, shape in {**components["language_model"], **components["queries"]}.items():
+        stored = [(shape, torch.bfloat16)]
+        if kind and len(shape) == 2:
+            stored = stored_as(shape, FINE if kind == "int4" and "embed_tokens" in name else kind)
+        total += sum(torch.Size(size).numel() * dtype.itemsize for size, dtype in stored)
+    return total
 
 
 def published(size: str) -> dict[str, Shapes]:

@@ -8,11 +8,10 @@ from ..blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from ..blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint, is_sana_decoder
 from ..blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 from .adapters import folders, io_types, loading
-from .adapters.memory import memory_advice
+from .adapters.memory import CLOSE_OTHERS, FEWER_BITS, memory_advice
 
 AUTOMATIC = "automatic"
 INSIDE = "inside the checkpoint"
-SMALLER_MODEL = "Close other programs, or use a checkpoint in 8 or 4 bits (blip3o quantize)."
 
 
 class Blip3oCheckpointLoader(io.ComfyNode):
@@ -63,7 +62,7 @@ class Blip3oCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, qwen: str = INSIDE) -> io.NodeOutput:
-        with memory_advice("opening the model", SMALLER_MODEL):
+        with memory_advice("opening the model", f"{CLOSE_OTHERS} {FEWER_BITS}"):
             opened = Blip3oCheckpoint.open(folders.resolve(checkpoint), qwen=None if qwen == INSIDE else folders.resolve_qwen(qwen))
             return io.NodeOutput(loading.load_backbone(opened), loading.load_dit(opened))
 
@@ -106,7 +105,7 @@ class Blip3oSDXLDecoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, decoder: str) -> io.NodeOutput:
-        with memory_advice("opening the model", SMALLER_MODEL):
+        with memory_advice("opening the model", CLOSE_OTHERS):
             opened = SdxlDecoderCheckpoint.open(folders.resolve(decoder))
             return io.NodeOutput(loading.load_sdxl_unet(opened), loading.load_sdxl_vae(opened))
 
@@ -159,7 +158,7 @@ class Blip3oSANADecoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, decoder: str, positions: str = AUTOMATIC, scheduler: str = AUTOMATIC) -> io.NodeOutput:
-        with memory_advice("opening the model", SMALLER_MODEL):
+        with memory_advice("opening the model", CLOSE_OTHERS):
             chosen = {name: None if value == AUTOMATIC else value for name, value in (("positions", positions), ("scheduler", scheduler))}
             opened = SanaDecoderCheckpoint.open(folders.resolve(decoder), **chosen)
             return io.NodeOutput(loading.load_sana(opened), loading.load_dcae(opened))
@@ -197,7 +196,7 @@ class Blip3oVisionEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vision_encoder: str) -> io.NodeOutput:
-        with memory_advice("opening the model", SMALLER_MODEL):
+        with memory_advice("opening the model", CLOSE_OTHERS):
             path = folders.resolve_vision_encoder(vision_encoder)
             if is_sana_decoder(path):
                 source = SanaDecoderCheckpoint.open(path)

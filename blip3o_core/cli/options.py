@@ -32,7 +32,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, loras: bool = True) 
     parser.add_argument("--sana-positions", choices=("sincos", "none"), help="position table of a SANA decoder; the file doesn't say which "
                         "(default: sincos)")  # fmt: skip
     parser.add_argument("--decoder-scheduler", choices=("dpmsolver++", "euler"), help="of the decoder. SDXL: euler is the "
-                        "reference, dpmsolver++ needs half of its steps (default: euler). SANA: default: that of its layout")  # fmt: skip
+                        "reference, dpmsolver++ takes half of its steps. SANA: as it was trained (default: euler, or that of the SANA "
+                        "layout)")  # fmt: skip
     parser.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1", "mps" (default: %(default)s)')
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"),
                         help="precision of the networks (default: float32 on the CPU, bfloat16 elsewhere)")

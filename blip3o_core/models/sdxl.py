@@ -46,7 +46,7 @@ class SdxlDecoder(nn.Module):
         self, embeddings: Tensor, negative: Tensor | None, noise: Tensor, *, steps: int, guidance_scale: float,
         width: int, height: int, on_step: OnStep | None = None,
     ) -> Tensor:  # fmt: skip
-        """Denoises predicted noise over the noise levels that the scheduler configuration of the checkpoint says.
+        """Takes the predicted noise away with the solver `scheduler`, over the noise levels of the checkpoint's scheduler configuration.
 
         Args:
             embeddings: (B, L, C) condition. negative: (B, L, C), read only if guidance_scale > 1.

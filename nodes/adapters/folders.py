@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import folder_paths
@@ -80,20 +81,22 @@ def resolve_lora(name: str) -> Path:
 
 def resolve_vision_encoder(name: str) -> Path:
     """The folder or file of a picked vision encoder. Raises CheckpointError for a name that the listing doesn't have."""
-    if not str(name).startswith(CLIP_VISION):
-        return resolve(name)
-    if name not in list_vision_encoders():
-        raise CheckpointError(f"{name!r} is not in models/clip_vision (any more). Press R to refresh the list.")
-    return Path(folder_paths.get_full_path_or_raise("clip_vision", name.removeprefix(CLIP_VISION)))
+    return _resolve_folder_or_file(name, CLIP_VISION, list_vision_encoders)
 
 
 def resolve_qwen(name: str) -> Path:
     """The folder or file of a picked Qwen2.5-VL. Raises CheckpointError for a name that the listing doesn't have."""
-    if not str(name).startswith(TEXT_ENCODERS):
+    return _resolve_folder_or_file(name, TEXT_ENCODERS, list_qwen)
+
+
+def _resolve_folder_or_file(name: str, mark: str, listing: Callable[[], list[str]]) -> Path:
+    """mark: what names of files begin with, the host's folder of them and a slash."""
+    if not str(name).startswith(mark):  # str: a graph over HTTP may say null
         return resolve(name)
-    if name not in list_qwen():
-        raise CheckpointError(f"{name!r} is not in models/text_encoders (any more). Press R to refresh the list.")
-    return Path(folder_paths.get_full_path_or_raise("text_encoders", name.removeprefix(TEXT_ENCODERS)))
+    folder = mark.rstrip("/")
+    if name not in listing():
+        raise CheckpointError(f"{name!r} is not in models/{folder} (any more). Press R to refresh the list.")
+    return Path(folder_paths.get_full_path_or_raise(folder, name.removeprefix(mark)))
 
 
 def resolve(name: str) -> Path:
@@ -117,8 +120,10 @@ def _is_qwen(path: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced. 16 hex digits: the host
-    writes it into every picture."""
+    """Changes when a weight or configuration file in `folder` (or the file itself) or its decoder is replaced.
+
+    16 hex digits, for the host writes it into every picture.
+    """
     depths = ("", "*/", "*/*/")  # the root, its decoder, the parts of the decoder
     files = [folder] if folder.is_file() else sorted(
         path for depth in depths for kind in ("bin", "safetensors", "json") for path in folder.glob(f"{depth}*.{kind}"))  # fmt: skip

@@ -7,6 +7,8 @@ import comfy.model_management as model_management
 
 from ...blip3o_core.runtime import first_line, is_out_of_memory
 
+CLOSE_OTHERS = "Close other programs."
+FEWER_BITS = "Or use a checkpoint in 8 or 4 bits (blip3o quantize)."
 LESS_MEMORY = "Use a checkpoint in 8 or 4 bits (blip3o quantize), fewer or smaller pictures, or start ComfyUI with --lowvram or --cpu."
 SMALLER_PICTURE = "Set a smaller width, height or batch_size of the picture."
 TILED = "Use VAE {} (Tiled) with a smaller tile_size, or a smaller picture."

@@ -73,14 +73,18 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 @pytest.fixture(scope="module")
 def server(browser: Browser, host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """As after an installation: with the picture that ComfyUI brings along, and a LoRA of the name in the workflow."""
     base = tmp_path_factory.mktemp("comfyui")
+    furnish(base, host)
+    with ComfyServer(host, base) as running:
+        yield running
+
+
+def furnish(base: Path, host: Host) -> None:
+    """As after an installation: with the picture that ComfyUI brings along, and a LoRA of the name in the workflow."""
     (base / "input").mkdir()
     shutil.copy(host.tree / "input" / "example.png", base / "input")
     (base / "models" / "loras").mkdir(parents=True)
     write_lora(base / "models" / "loras" / "blip3o_lora.safetensors", random_lora(Blip3oCheckpoint.open(NANO_FOLDER)))
-    with ComfyServer(host, base) as running:
-        yield running
 
 
 @pytest.fixture

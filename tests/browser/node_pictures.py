@@ -1,19 +1,15 @@
 """Pictures of the nodes for their help pages, each taken from a shipped workflow: `python -m tests.browser.node_pictures [NODE ...]`."""
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-from blip3o_core.lora.files import write_lora
-from blip3o_core.variants.blip3o import NANO_FOLDER, Blip3oCheckpoint
 
 from ..nodes.help_graphs import workflow_of
 from ..nodes.schemas import REPOSITORY, read_schemas
 from ..server.comfy_server import ComfyServer
 from ..server.hosts import prepare_host, selected_hosts
-from ..unit.lora_samples import random_lora
 from . import chromium
+from .conftest import furnish
 from .front_end import SIZE, TITLE_HEIGHT, FrontEnd
 
 MARGIN = 24
@@ -27,7 +23,7 @@ CENTRE = """id => {
 
 def take(front_end: FrontEnd, node_id: str, file: Path) -> None:
     """Opens the workflow that the page shows and puts the node's picture into the file."""
-    front_end.open_template(workflow_of(node_id), as_app=False)
+    front_end.open_template(workflow_of(node_id))
     node = front_end.node(node_id)
     front_end.page.wait_for_timeout(800)  # it glides to the view of the whole graph
     front_end.page.evaluate(CENTRE, node.id)
@@ -42,10 +38,7 @@ def main() -> None:
     host = prepare_host(selected_hosts()[-1])
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        (base / "input").mkdir()
-        shutil.copy(host.tree / "input" / "example.png", base / "input")
-        (base / "models" / "loras").mkdir(parents=True)
-        write_lora(base / "models" / "loras" / "blip3o_lora.safetensors", random_lora(Blip3oCheckpoint.open(NANO_FOLDER)))
+        furnish(base, host)
         with ComfyServer(host, base) as server, chromium.launch(chromium.find()) as browser:
             for schema in read_schemas():
                 if sys.argv[1:] and schema.node_id not in sys.argv[1:]:

@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from ..disks import small_disk
 from . import graphs
 from .comfy_server import ComfyServer, NoAnswer, PromptRejected
 from .conftest import MODELS
@@ -49,19 +47,6 @@ def test_a_server_that_is_killed_goes_on_with_the_same_queue(server: ComfyServer
             Image.open(file).load()  # whole
         victim.start()
         assert [pixels(victim, short(seed)) for seed in range(QUEUED)] == expected
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a full disk needs the right to mount one: {' '.join(command)}: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_fails_the_picture_and_not_the_server(host: Host, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def own_files() -> list[str]:
 
 
 def comfy_cli(action: str, folder: Path) -> str:
-    """`comfy node ACTION` in an environment of its own, which uv makes; its own network is not needed."""
+    """`comfy node ACTION`, in an environment of its own, which uv makes from PyPI."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"DO_NOT_TRACK": "1"}
     command = [sys.executable, "-m", "uv", "tool", "run", "--from", COMFY_CLI,
                "comfy", "--skip-prompt", "--no-enable-telemetry", "node", action]  # fmt: skip

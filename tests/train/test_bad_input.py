@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from blip3o_core.cli.main import main as blip3o
 from blip3o_core.errors import CheckpointError, ConfigError, DataError, InputError, OutputError, TrainingError
 from blip3o_core.train.config import TrainConfig
 from blip3o_core.train.run import run_training
+
+from ..disks import small_disk
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -314,33 +315,26 @@ def test_a_folder_without_permission_is_refused(material, train_config, tmp_path
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True) \
-        if shutil.which("mount") else None  # fmt: skip
-    if mounted is None or mounted.returncode:
-        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip() if mounted else 'no mount command'}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+def megabyte_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
-def test_a_full_disk_keeps_what_was_saved(small_disk, material, train_config):
-    config = train_config(material.folder, output={"folder": str(small_disk / "run"), "save_every": 1, "keep": 100}, train={"steps": 50})
+def test_a_full_disk_keeps_what_was_saved(megabyte_disk, material, train_config):
+    config = train_config(material.folder, output={"folder": str(megabyte_disk / "run"), "save_every": 1, "keep": 100}, train={"steps": 50})
     with pytest.raises(OutputError, match=r"the checkpoint can't be written \(.*The newest one is .*step_0.*free some space and go on"):
         run_training(config)
-    saved = sorted((small_disk / "run" / "checkpoints").iterdir())
+    saved = sorted((megabyte_disk / "run" / "checkpoints").iterdir())
     assert saved and all(path.name.startswith("step_") for path in saved), "no half-written one is left"
     for path in saved:
         assert load_file(path / "trained.safetensors") and torch.load(path / "optimizer.pt", weights_only=True)
 
 
-def test_a_full_disk_while_caching_says_so(small_disk, own_material, train_config, tmp_path):
-    (small_disk / "filler").write_bytes(bytes(2**20 - 4 * 4096))
+def test_a_full_disk_while_caching_says_so(megabyte_disk, own_material, train_config, tmp_path):
+    (megabyte_disk / "filler").write_bytes(bytes(2**20 - 4 * 4096))
     with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
-        run_training(train_config(own_material.folder, cache={"enabled": True, "folder": str(small_disk / "cache")}))
-    assert not list(small_disk.rglob("*.tmp"))
+        run_training(train_config(own_material.folder, cache={"enabled": True, "folder": str(megabyte_disk / "cache")}))
+    assert not list(megabyte_disk.rglob("*.tmp"))
 
 
 def test_a_killed_data_worker_ends_the_run_which_goes_on_from_there(material, train_config, start, logged, tmp_path):

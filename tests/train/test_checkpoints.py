@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, whatever happens while one is written."""
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from blip3o_core.train.run import run_training
 from blip3o_core.train.state import RunState, list_checkpoints, load_optimizer, load_tensors, save_checkpoint
 
 from ..conftest import command_environment
+from ..disks import small_disk
 
 MIB = 2**20
 
@@ -128,19 +128,6 @@ def test_what_killed_saves_left_is_no_checkpoint_and_goes(tmp_path):
     save(tmp_path, 3)
     assert steps(tmp_path) == [1, 3]
     assert not list(folder.glob(".*")) and (folder / "step_00000004_copy").is_dir(), "only leftovers are removed"
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int):
-    """A file system of its own, where this process may mount one."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"can't mount a small disk: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill_up(folder: Path) -> None:

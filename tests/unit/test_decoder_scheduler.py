@@ -40,7 +40,7 @@ def test_without_guidance_a_fifth_is_enough(latents):
     assert error(latents("dpmsolver++", 10, 1.0), exact) <= error(latents("euler", 50, 1.0), exact)
 
 
-def test_it_starts_where_euler_starts_and_is_of_second_order():
+def test_it_is_of_second_order_in_steps_even_in_the_logarithm():
     config = Blip3oPipeline.from_pretrained(NANO_FOLDER, device="cpu").decoder_checkpoint.scheduler_config
     scheduler = make_scheduler("dpmsolver++", config)
     scheduler.set_timesteps(10)
