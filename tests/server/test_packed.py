@@ -1,20 +1,19 @@
 """What people install: the archive that comfy-cli packs, put into a ComfyUI that has nothing but requirements.txt, and taken out again."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from ..conftest import command_environment
 from . import graphs
 from .comfy_server import ComfyServer
-from .hosts import DOWNLOAD_TIMEOUT_S, REPOSITORY, Host, HostSpec, prepare_host, run_uv, selected_hosts
+from .hosts import DOWNLOAD_TIMEOUT_S, REPOSITORY, Host, HostSpec, prepare_comfy_cli, prepare_host, run_uv, selected_hosts
 
-COMFY_CLI = "comfy-cli==1.23.0"
+COMFY_CLI_TIMEOUT_S = 120
 LARGEST_MIB = 32
 CARRIED = (
     "__init__.py", "requirements.txt", "pyproject.toml", "LICENSE", "README.md", "nodes/", "web/docs/", "locales/zh/", "subgraphs/",
@@ -48,11 +47,9 @@ def own_files() -> list[str]:
 
 
 def comfy_cli(action: str, folder: Path) -> str:
-    """`comfy node ACTION`, in an environment of its own, which uv makes from PyPI."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"DO_NOT_TRACK": "1"}
-    command = [sys.executable, "-m", "uv", "tool", "run", "--from", COMFY_CLI,
-               "comfy", "--skip-prompt", "--no-enable-telemetry", "node", action]  # fmt: skip
-    result = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=DOWNLOAD_TIMEOUT_S)
+    """Runs `comfy node ACTION`, which has no need of the network. Returns what it printed."""
+    command = [prepare_comfy_cli(), "--skip-prompt", "--no-enable-telemetry", "node", action]
+    result = subprocess.run(command, cwd=folder, env=command_environment(), text=True, capture_output=True, timeout=COMFY_CLI_TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
