@@ -49,9 +49,13 @@ class Deferred:
 
 
 Tensors = Mapping[str, Tensor | Deferred]
+OnWrite = Callable[[str, int, int], None]
+"""Called with the name of a file, the bytes of tensors written to it and those to write."""
 
 
-def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, on_write: OnWrite | None = None
+) -> None:
     """Writes tensor after tensor, in their dtypes; the bytes are on the disk when it returns. Raises OSError (disk full)."""
     # as the format's own writer: widest dtypes first, which keeps every tensor aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -65,12 +69,16 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] 
     encoded += b" " * (-len(encoded) % 8)
     with path.open("xb") as stream:  # x: never into a file that is there, which may be a link to somebody's weights
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        done = 0
         for name in names:
             given = tensors[name]
             tensor = given.make() if isinstance(given, Deferred) else given
             assert tuple(tensor.shape) == tuple(given.shape) and tensor.dtype == given.dtype, name
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            done += flat.nbytes
+            if on_write is not None:
+                on_write(path.name, done, end)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -112,7 +120,7 @@ def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def save_derived(
     source: Path, output: Path, tensors: Tensors, entries: Mapping[str, TensorEntry], *, decoder: Path | None = None,
     decoder_tensors: Mapping[str, Tensors] | None = None, config_changes: Mapping[str, Mapping[str, Any]] | None = None,
-    overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES, on_write: OnWrite | None = None,
 ) -> None:  # fmt: skip
     """Writes `output`, a complete checkpoint that is `source` with other values for some tensors.
 
@@ -122,7 +130,7 @@ def save_derived(
         entries: all tensors of the source, as from `open_shards`; those not in `tensors` stay in their shards, which are linked.
         decoder: folder of the diffusion decoder, which becomes diffusion-decoder/; None takes that of the source, if it is there.
         decoder_tensors: "unet" or "vae" -> new values of some or all of its tensors; the part is then written whole.
-        config_changes: JSON file in the output ("config.json", "diffusion-decoder/vae/config.json") -> keys to set.
+        config_changes: JSON file in the output ("config.json", "diffusion-decoder/vae/config.json") -> keys to set; None takes a key out.
         overwrite: replace an existing checkpoint. A folder without config.json is never replaced.
     Raises: OutputError if `output` can't be made; nothing is left of it then. CheckpointError if decoder weights are unreadable.
     """
@@ -137,9 +145,9 @@ def save_derived(
     kept = {name: entry for name, entry in entries.items() if name not in tensors}
     with whole_folder(output, overwrite=overwrite) as folder:
         weight_files = {entry.file.name for entry in entries.values()} | {INDEX, PLAIN}
-        _link_tree(source, folder, {source / name for name in (*weight_files, DECODER_FOLDER)})
+        link_tree(source, folder, {source / name for name in (*weight_files, DECODER_FOLDER)})
         weight_map = _link_shards(kept, folder)
-        weight_map |= _write_shards(tensors, folder, max_shard_bytes)
+        weight_map |= _write_shards(tensors, folder, max_shard_bytes, "model-updated" if entries else "model", on_write)
         total = sum(entry.nbytes for entry in kept.values()) + sum(tensor.nbytes for tensor in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         if decoder is not None:
@@ -147,7 +155,7 @@ def save_derived(
         for name, changes in (config_changes or {}).items():
             config = json.loads((folder / name).read_text("utf-8")) if (folder / name).exists() else {}
             (folder / name).unlink(missing_ok=True)  # a link: writing into it would change the source
-            _write_json(folder / name, {**config, **changes})
+            _write_json(folder / name, {key: value for key, value in {**config, **changes}.items() if changes.get(key, "kept") is not None})
 
 
 def _link_shards(kept: Mapping[str, TensorEntry], folder: Path) -> dict[str, str]:
@@ -164,7 +172,7 @@ def _link_shards(kept: Mapping[str, TensorEntry], folder: Path) -> dict[str, str
     return {tensor: names[entry.file] for tensor, entry in kept.items()}
 
 
-def _write_shards(tensors: Tensors, folder: Path, max_shard_bytes: int) -> dict[str, str]:
+def _write_shards(tensors: Tensors, folder: Path, max_shard_bytes: int, stem: str, on_write: OnWrite | None) -> dict[str, str]:
     """Writes shards of at most `max_shard_bytes` (or of one larger tensor); -> name of the tensor: name of its shard."""
     shards: list[dict[str, Tensor | Deferred]] = []
     filled = 0
@@ -175,14 +183,14 @@ def _write_shards(tensors: Tensors, folder: Path, max_shard_bytes: int) -> dict[
         shards[-1][name] = tensor
         filled += tensor.nbytes
     # old shards may hold former values of these tensors; readers that don't go by the index take the last file's, so sort behind
-    stem, number = "model-updated", 1
+    first, number = stem, 1
     while any(folder.glob(f"{stem}-*.safetensors")):
         number += 1
-        stem = f"model-updated{number}"
+        stem = f"{first}{number}"
     weight_map = {}
     for index, shard in enumerate(shards, start=1):
         file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, {"format": "pt"})
+        write_safetensors(folder / file, shard, {"format": "pt"}, on_write)
         weight_map |= dict.fromkeys(shard, file)
     return weight_map
 
@@ -190,7 +198,7 @@ def _write_shards(tensors: Tensors, folder: Path, max_shard_bytes: int) -> dict[
 def _save_decoder(decoder: Path, target: Path, tensors: Mapping[str, Tensors]) -> None:
     """Links `decoder`; parts in `tensors` get one new weights file in place of all that were there."""
     replaced = {path for part in tensors for path in (decoder / part).iterdir() if path.name.startswith(DECODER_STEM)}
-    _link_tree(decoder, target, replaced)
+    link_tree(decoder, target, replaced)
     for part, new in tensors.items():
         old = open_shards(decoder / part, DECODER_STEM, DECODER_VARIANTS)
         unknown = sorted(new.keys() - old.keys())
@@ -199,14 +207,14 @@ def _save_decoder(decoder: Path, target: Path, tensors: Mapping[str, Tensors]) -
         write_safetensors(target / part / f"{DECODER_STEM}.safetensors", {**kept, **new}, {"format": "pt"})
 
 
-def _link_tree(source: Path, target: Path, skipped: set[Path]) -> None:
+def link_tree(source: Path, target: Path, skipped: set[Path]) -> None:
     """Links all files below `source`; hidden ones (caches of downloads, .git) are left out."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         if path in skipped or path.name.startswith("."):
             continue
         if path.is_dir():
-            _link_tree(path, target / path.name, skipped)
+            link_tree(path, target / path.name, skipped)
         else:
             _link(path, target / path.name)
     _sync_folder(target)

@@ -100,6 +100,16 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a file that `read_header` has accepted."""
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata in its header are no strings. The file was written by a broken tool.")
+    return metadata
+
+
 def _parse_entry(file: Path, name: str, info: object, *, data_start: int) -> TensorEntry:
     try:
         dtype = DTYPES[info["dtype"]]

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError, OutputError, readable
 from .inspect import size
 from .options import lora_choice
+from .progress import ProgressBars
 
 EXAMPLES = """examples:
   blip3o lora inspect fox.safetensors
@@ -184,7 +185,8 @@ def _merge(args: argparse.Namespace) -> None:
 
     checkpoint = Blip3oCheckpoint.open(args.model)
     loras = open_loras(checkpoint, args.lora, allow_other_base=args.lora_any_base)
-    count = save_merged(checkpoint, loras, args.output, overwrite=args.overwrite)
+    with ProgressBars() as bars:
+        count = save_merged(checkpoint, loras, args.output, overwrite=args.overwrite, on_write=bars.on_write)
     logging.getLogger(__name__).info("%d tensors changed", count)
     print(args.output)
 

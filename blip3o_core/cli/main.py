@@ -14,6 +14,7 @@ from . import (
     caption,
     chat,
     completion,
+    convert,
     doctor,
     download,
     edit,
@@ -32,7 +33,7 @@ from . import (
 SUBCOMMANDS = {
     "generate": generate, "edit": edit, "vary": vary, "reconstruct": reconstruct, "ask": ask, "chat": chat, "caption": caption,
     "download": download, "doctor": doctor, "inspect": inspect, "evaluate": evaluate, "bench": bench, "lora": lora, "split": split,
-    "quantize": quantize, "train": train, "train-nano": train_nano, "completion": completion,
+    "convert": convert, "quantize": quantize, "train": train, "train-nano": train_nano, "completion": completion,
 }  # fmt: skip
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 

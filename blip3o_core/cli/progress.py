@@ -23,6 +23,10 @@ class ProgressBars:
         """Bytes of one component."""
         self._advance(f"loading {component}", done, total, unit="B", unit_scale=True, unit_divisor=1024)
 
+    def on_write(self, file: str, done: int, total: int) -> None:
+        """Bytes of one file."""
+        self._advance(f"writing {file}", done, total, unit="B", unit_scale=True, unit_divisor=1024)
+
     def on_step(self, stage: str, done: int, total: int) -> None:
         """Steps of one stage."""
         self._advance(f"{self.title}: {stage}" if self.title else stage, done, total, unit="step")

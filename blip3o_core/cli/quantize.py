@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .inspect import size
+from .progress import ProgressBars
 
 EXAMPLES = """examples:
   blip3o quantize BLIP3o-Model-8B --format int8 --output BLIP3o-Model-8B-int8
@@ -30,5 +31,6 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = Blip3oCheckpoint.open(args.model)
     before = sum(entry.nbytes for part in ("language_model", "queries") for entry in checkpoint.components[part].values())
-    after = save_quantised(checkpoint, args.output, args.format, overwrite=args.overwrite)
+    with ProgressBars() as bars:
+        after = save_quantised(checkpoint, args.output, args.format, overwrite=args.overwrite, on_write=bars.on_write)
     print(f"{args.output}: backbone {size(after)}, {1 - after / before:.0%} less than the {size(before)} of {args.model}")

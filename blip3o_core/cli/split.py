@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .inspect import size
+from .progress import ProgressBars
 
 EXAMPLES = """examples:
   blip3o split BLIP3o-Model-4B --output BLIP3o-4B-split
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Blip3oCheckpoint.open(args.model)
     if args.output.resolve() == checkpoint.folder.resolve():
         raise InputError(f"--output {args.output} is the model itself. Give another folder.")
-    nbytes = split.write_split(checkpoint.folder, checkpoint.config, checkpoint.components, args.output,
-                               rows_from=checkpoint.tokenizer.image_start_id, overwrite=args.overwrite)  # fmt: skip
+    with ProgressBars() as bars:
+        nbytes = split.write_split(checkpoint.folder, checkpoint.config, checkpoint.components, args.output, overwrite=args.overwrite,
+                                   rows_from=checkpoint.tokenizer.image_start_id, on_write=bars.on_write)  # fmt: skip
     print(f"{args.output}: {size(nbytes)}; use it with --model {args.output} --qwen FOLDER of the Qwen2.5-VL-Instruct it was trained on")

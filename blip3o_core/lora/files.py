@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.load import require_finite
 from ..checkpoint.save import write_safetensors
-from ..checkpoint.shards import TensorEntry, read_header, read_tensor
+from ..checkpoint.shards import TensorEntry, read_header, read_metadata, read_tensor
 from ..errors import CheckpointError
 from ..files import whole_file
 
@@ -176,16 +176,6 @@ def read_lora(path: Path) -> LoraFile:
     entries = read_header(path)
     metadata = read_metadata(path)
     return from_entries(entries, metadata, path)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a file that `read_header` has accepted."""
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    metadata = header.get("__metadata__") or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the metadata in its header are no strings. The file was written by a broken tool.")
-    return metadata
 
 
 def from_entries(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.save import Deferred, save_derived
+from ..checkpoint.save import Deferred, OnWrite, save_derived
 from ..checkpoint.shards import TensorEntry, open_shards, read_tensor
 from ..errors import InputError
 from ..variants.blip3o import Blip3oCheckpoint
@@ -18,7 +18,9 @@ Update = tuple[Adapter | Tensor, float]
 """What is done to one weight, and how strongly: an adapter, or a difference that is added."""
 
 
-def save_merged(checkpoint: Blip3oCheckpoint, loras: Sequence[ChosenLora], output: Path, *, overwrite: bool = False) -> int:
+def save_merged(
+    checkpoint: Blip3oCheckpoint, loras: Sequence[ChosenLora], output: Path, *, overwrite: bool = False, on_write: OnWrite | None = None
+) -> int:
     """Writes `output`, a complete checkpoint; returns how many tensors differ from `checkpoint`. One tensor at a time is in memory.
 
     Every update is rounded to the dtype of the weights by itself, as when it is merged at loading: pictures are the same.
@@ -42,7 +44,7 @@ def save_merged(checkpoint: Blip3oCheckpoint, loras: Sequence[ChosenLora], outpu
                          "the original checkpoint.")
     merged = {name: Deferred(entries[name].shape, entries[name].dtype, partial(_updated, entries[name], steps))
               for name, steps in updates.items()}  # fmt: skip
-    save_derived(checkpoint.folder, output, merged, entries, overwrite=overwrite)
+    save_derived(checkpoint.folder, output, merged, entries, overwrite=overwrite, on_write=on_write)
     return len(merged)
 
 

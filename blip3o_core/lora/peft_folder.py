@@ -17,9 +17,9 @@ import torch
 
 from ..checkpoint.json_files import read_table
 from ..checkpoint.save import whole_folder, write_safetensors
-from ..checkpoint.shards import read_header
+from ..checkpoint.shards import read_header, read_metadata
 from ..errors import CheckpointError, InputError
-from .files import Adapters, LoraFile, from_entries, named_tensors, read_metadata
+from .files import Adapters, LoraFile, from_entries, named_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -84,9 +84,7 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
         encoder = sources.require_vision_encoder()
         for name, entry in encoder.entries.items():
             tensors[EVA_PREFIX + name] = values[f"vision_encoder.{name}"].detach().to(entry.dtype)
-        own = encoder.config
-        sizes = {"head_width": own.head_width, "layer_norm_eps": own.layer_norm_eps, "pooling": own.pooling}  # not in the tensors
-        changes["config.json"] = {"gen_vision_config": sizes}
+        changes["config.json"] = {"gen_vision_config": encoder.config.unreadable or None}
     decoder_tensors = {}
     for part in ("unet", "vae"):
         own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}

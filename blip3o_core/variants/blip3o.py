@@ -31,7 +31,7 @@ SKIPPED = "skipped"
 MAX_IMAGE_SIDE = 3584  # 16384 tokens, the most that Qwen's processor makes
 NANO_FOLDER = Path(__file__).parents[1] / "nano" / "model"
 
-# prefix in the file -> (component, prefix in the component's module); the first match wins
+# prefix in the file -> (component, prefix in the component's module); the first match wins, in both directions
 KEY_TABLE: tuple[tuple[str, str, str], ...] = (
     ("model.latent_queries", "queries", "latent_queries"),
     ("model.dit.model.", "dit", ""),
@@ -40,8 +40,8 @@ KEY_TABLE: tuple[tuple[str, str, str], ...] = (
     ("model.layers.", "language_model", "language_model.layers."),
     ("model.norm.", "language_model", "language_model.norm."),
     ("model.language_model.", "language_model", "language_model."),  # re-saved by transformers >= 4.52
-    ("model.visual.", "vision_tower", "network."),
     ("visual.", "vision_tower", "network."),
+    ("model.visual.", "vision_tower", "network."),
     ("lm_head.", "output_head", ""),
     ("model.vae.", SKIPPED, ""),  # a FLUX autoencoder that early training scripts attached; no path uses it
     ("model.down_projector.", SKIPPED, ""),
@@ -300,6 +300,11 @@ def read_config(folder: Path) -> dict[str, Any]:
                 if str(model_type).startswith("qwen") else "Give the folder of BLIP3o-Model-4B or -8B.")
         raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type!r}, not one of {', '.join(MODEL_TYPES)}. {hint}")
     return config
+
+
+def published_name(component: str, name: str) -> str:
+    """What the tensor `name` of a component's module is called in the published files."""
+    return next(prefix + name.removeprefix(target) for prefix, owner, target in KEY_TABLE if owner == component and name.startswith(target))
 
 
 def split_components(entries: Mapping[str, TensorEntry], source: Path) -> Components:

@@ -1,5 +1,6 @@
 """The EVA-CLIP tower as published: a pickle in a repository of its own, and the same tensors inside BLIP3-o's root shards."""
 
+import json
 import logging
 import os
 import pickle
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.json_files import read_table
 from ..checkpoint.load import OnLoad, expected_shapes, fill, place
 from ..checkpoint.report import require_matching
-from ..checkpoint.shards import TensorEntry, open_shards, read_header
+from ..checkpoint.shards import TensorEntry, open_shards, read_header, read_metadata
 from ..errors import CheckpointError
 from ..models.eva_clip import EvaClip, EvaClipConfig
 
@@ -28,6 +29,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 NESTED_UNDER = ("model", "module", "state_dict")
 REMAP_BYTES = 2**30  # torch maps a pickle as one piece: mapped anew after so many bytes, its pages never add up
 PREFIXES = ("module.", "visual.")  # stripped in this order
+SETTINGS = "blip3o.eva_clip"
+"""In the metadata of a single file: what a config.json beside it would say, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class EvaClipCheckpoint:
     def open(cls, path: str | Path) -> "EvaClipCheckpoint":
         """Opens the folder of the EVA repository, or its file: safetensors (preferred) or the published pytorch_model.bin.
 
-        A config.json beside the weights overrides what is read off the tensors. The pickle may hold more tensors, which are
-        ignored as in the reference; a safetensors file may not.
+        SETTINGS in the header of a single file, or else a config.json beside the weights, override what is read off the tensors. The
+        pickle may hold more tensors, which are ignored as in the reference; a safetensors file may not.
         Raises CheckpointError if there is no such tower here, a pickle holds anything but data, or shapes don't fit.
         """
         path = Path(os.path.expanduser(path))
@@ -52,6 +55,8 @@ class EvaClipCheckpoint:
         overrides = _read_overrides(file.parent / "config.json")
         if file.suffix not in PICKLE_SUFFIXES:
             names = _tower_names(found, file)
+            if file.is_file():
+                overrides = {**overrides, **_stored_settings(file)}
             return cls.from_entries({name: found[original] for name, original in names.items()}, file, overrides=overrides)
         entries = {name: TensorEntry(original, file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
                    for name, (original, tensor) in _read_pickle(file).items()}
@@ -143,6 +148,16 @@ def _find_weights(path: Path) -> tuple[Path, dict[str, TensorEntry]]:
 
 def _read_overrides(path: Path) -> Mapping[str, Any]:
     return read_table(path) if path.is_file() else {}
+
+
+def _stored_settings(file: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(read_metadata(file).get(SETTINGS, "{}"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: {SETTINGS} in its header is no table of settings. Convert the model again: blip3o convert.")
+    return settings
 
 
 def _tower_names(names: Iterable[str], source: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..checkpoint.save import Deferred, save_derived
+from ..checkpoint.save import Deferred, OnWrite, save_derived
 from ..checkpoint.shards import SCALE, TensorEntry, read_tensor
 from ..errors import InputError
 from ..models.quantised import FORMATS, quantise, stored_as
@@ -13,7 +13,9 @@ FINE = "int8"
 """What embeddings and output head are stored in if the rest has 4 bits: one row of theirs is one word."""
 
 
-def save_quantised(checkpoint: Blip3oCheckpoint, output: Path, kind: str, *, overwrite: bool = False) -> int:
+def save_quantised(
+    checkpoint: Blip3oCheckpoint, output: Path, kind: str, *, overwrite: bool = False, on_write: OnWrite | None = None
+) -> int:
     """Writes a complete checkpoint folder; returns the bytes of its backbone. One matrix at a time is in memory.
 
     Matrices of the language model, embeddings and output head are quantised to `kind` of FORMATS, everything else is copied.
@@ -37,7 +39,7 @@ def save_quantised(checkpoint: Blip3oCheckpoint, output: Path, kind: str, *, ove
             backbone += sum(tensor.nbytes for tensor in own.values()) if component in ("language_model", "queries") else 0
     entries = {entry.name: entry for part, own in checkpoint.components.items() if part != SKIPPED for entry in own.values()}
     save_derived(checkpoint.folder, output, tensors, entries, config_changes={"config.json": {"blip3o_quantised": kind}},
-                 overwrite=overwrite)  # fmt: skip
+                 overwrite=overwrite, on_write=on_write)  # fmt: skip
     return backbone
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.fingerprint import tensors_fingerprint
-from ..checkpoint.save import Deferred, whole_folder, write_safetensors
-from ..checkpoint.shards import TensorEntry
-from ..errors import CheckpointError
+from ..checkpoint.save import DECODER_FOLDER, Deferred, OnWrite, link_tree, whole_folder, write_safetensors
+from ..checkpoint.shards import SCALE, TensorEntry
+from ..errors import CheckpointError, InputError
 
 KEY = "blip3o_split"
 """Of config.json: {"language_model": fingerprint, "rows_from": first token that Qwen2.5-VL doesn't have}."""
@@ -32,12 +32,16 @@ def language_fingerprint(components: Components) -> str:
 
 
 def write_split(
-    source: Path, config: Mapping[str, Any], components: Components, output: Path, *, rows_from: int, overwrite: bool = False
-) -> int:
-    """Writes the folder; returns the bytes of its weights. `rows_from`: the first token that Qwen2.5-VL doesn't have.
+    source: Path, config: Mapping[str, Any], components: Components, output: Path, *, rows_from: int, decoder: Path | None = None,
+    overwrite: bool = False, on_write: OnWrite | None = None,
+) -> int:  # fmt: skip
+    """Writes the folder; returns the bytes of its weights.
 
-    Raises OutputError if `output` exists or can't be written.
+    rows_from: the first token that Qwen2.5-VL doesn't have. decoder: folder that becomes diffusion-decoder/, by hard links.
+    Raises OutputError if `output` exists or can't be written, InputError for a model in 8 or 4 bits, which fits no Qwen2.5-VL.
     """
+    if any(name.endswith(f".{SCALE}") for name in components["language_model"]):
+        raise InputError(f"{source} is quantised. Give the model that it was made from.")
     embedding = components["language_model"][EMBEDDING]
     kept = {entry.name: entry for part in PARTS for entry in components[part].values()}
     kept[EMBED_ROWS] = embedding.rows(rows_from, embedding.shape[0])
@@ -45,7 +49,10 @@ def write_split(
         head = components["output_head"][HEAD]
         kept[HEAD_ROWS] = head.rows(rows_from, head.shape[0])
     with whole_folder(output, overwrite=overwrite) as folder:
-        write_safetensors(folder / "model.safetensors", {name: Deferred.stored(entry) for name, entry in kept.items()}, {"format": "pt"})
+        tensors = {name: Deferred.stored(entry) for name, entry in kept.items()}
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, on_write)
+        if decoder is not None:
+            link_tree(decoder, folder / DECODER_FOLDER, set())
         for file in source.iterdir():
             if file.is_file() and file.suffix in COPIED and file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""Checkpoints that are no plain copy of the published one: split from their Qwen2.5-VL, and in 8 and 4 bits."""
+"""Checkpoints that are no plain copy of the published one: split from their Qwen2.5-VL, in ComfyUI's folders, and in 8 and 4 bits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_core.cli.main import main
+from blip3o_core.variants.blip3o import NANO_FOLDER
 
 from . import graphs
 from .comfy_server import ComfyServer, PromptRejected
@@ -27,7 +28,10 @@ def server(
     for kind in COSINES:
         models[f"blip3o/{kind}"] = tmp_path_factory.mktemp("quantised") / kind
         assert main(["quantize", str(tiny_checkpoint), "--format", kind, "--output", str(models[f"blip3o/{kind}"])]) == 0
-    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), models=models) as running:
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "models").mkdir()
+    assert main(["convert", str(NANO_FOLDER), "--comfyui", str(base / "models"), "--name", "parts"]) == 0
+    with ComfyServer(host, base, models=models) as running:
         yield running
 
 
@@ -36,8 +40,11 @@ def embedding(server: ComfyServer, **loader: str) -> torch.Tensor:
     graph = graphs.embedding_only(steps=None)
     graph[graphs.LOADER]["inputs"].update(loader)
     assert server.run(graph).status == "success", server.log()[-3000:]
-    newest = max((server.base_directory / "output").glob("embedding_*.latent"), key=lambda file: file.stat().st_mtime_ns)
-    return load_file(newest)["latent_tensor"]
+    return load_file(newest(server, "embedding_*.latent"))["latent_tensor"]
+
+
+def newest(server: ComfyServer, pattern: str) -> Path:
+    return max((server.base_directory / "output").glob(pattern), key=lambda file: file.stat().st_mtime_ns)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,21 @@ def test_a_split_answers_questions(server: ComfyServer) -> None:
     split["loader"]["inputs"] = {"checkpoint": "split", "qwen": QWEN_FILE}
     answers = [server.run(graph).outputs["text"]["text"] for graph in (split, whole)]
     assert answers[0] == answers[1]
+
+
+def test_a_model_in_comfyuis_folders_draws_and_sees_what_the_whole_one_does(server: ComfyServer) -> None:
+    parts = {"checkpoint": "parts", "decoder": "parts", "qwen": "text_encoders/parts_qwen2.5_vl.safetensors",
+             "vision_encoder": "clip_vision/parts_eva_clip.safetensors"}  # fmt: skip
+    pictures, embeddings = [], []
+    for names in (parts, dict.fromkeys(("checkpoint", "decoder", "vision_encoder"), "nano")):
+        drawn = server.run(graphs.replace_inputs(graphs.shipped(), **names))
+        assert drawn.status == "success", server.log()[-3000:]
+        pictures.append(server.images(drawn)[0].tobytes())
+        encode = graphs.encode_image(["image", 0], vision_encoder=names["vision_encoder"])
+        seen = server.run({"image": graphs.empty_image(128, 128), **encode})
+        assert seen.status == "success", server.log()[-3000:]
+        embeddings.append(load_file(newest(server, "embedding_*.latent"))["latent_tensor"])
+    assert pictures[0] == pictures[1] and torch.equal(*embeddings)
 
 
 def test_a_split_alone_says_what_it_needs(server: ComfyServer) -> None:

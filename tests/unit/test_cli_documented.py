@@ -50,6 +50,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the commands name."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "BLIP3o-Model-4B").symlink_to(NANO_FOLDER)
+    (folder / "ComfyUI" / "models").mkdir(parents=True)
     (folder / "SigLIP2_SANA").symlink_to(DATA / "sana" / "checkpoint")
     (folder / "blip3o_core").symlink_to(REPOSITORY / "blip3o_core")
     picture = render(SCENE)
