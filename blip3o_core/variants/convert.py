@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint.save import Deferred, OnWrite, Tensors, save_derived, write_safetensors
 from ..checkpoint.shards import TensorEntry, read_tensor
 from ..errors import CheckpointError, InputError, OutputError
-from ..files import whole_file
+from ..files import remove_stale_files, whole_file
 from . import split
 from .blip3o import SKIPPED, Blip3oCheckpoint, published_name
 from .eva_clip import SETTINGS, EvaClipCheckpoint
@@ -140,6 +140,7 @@ def _new_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path.parent}: can't be made ({error.strerror or error}). Give another folder.") from error
+    remove_stale_files([path.parent])  # gigabytes, if a conversion was killed
     with whole_file(path) as temporary:
         yield temporary
 

@@ -1,6 +1,7 @@
 """A checkpoint becomes files in ComfyUI's folders, each of which works, and the same checkpoint again."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,13 @@ def test_settings_in_the_header_are_checked(models, tmp_path):
     file.write_bytes((models / EVA).read_bytes().replace(SETTINGS.encode() + b'":"{', SETTINGS.encode() + b'":"['))
     with pytest.raises(CheckpointError, match="is no table of settings"):
         EvaClipCheckpoint.open(file)
+
+
+def test_what_a_killed_conversion_left_is_removed(tiny_checkpoint, tmp_path):
+    left, fresh = (tmp_path / "models" / "text_encoders" / f".blip3o-{name}.tmp" for name in ("left", "fresh"))
+    left.parent.mkdir(parents=True)
+    for file in (left, fresh):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    assert convert_to(tmp_path / "models", tiny_checkpoint) == 0
+    assert not left.exists() and fresh.exists(), "another conversion may be writing the fresh one"
