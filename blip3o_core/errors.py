@@ -1,5 +1,6 @@
 """What a user can mend. Every message names the value, the file and the fix."""
 
+import errno
 import re
 
 LONGEST = 4000  # letters of a message, a screen
@@ -41,6 +42,13 @@ class TrainingError(Blip3oError):
 
 class DownloadError(Blip3oError):
     """A file can't be had from the hub, or is not what the hub says it is; what was received before is kept."""
+
+
+def too_long(error: OSError) -> str | None:
+    """What to say of a name that no file system takes, which every look at a file may raise; None for another error."""
+    if error.errno != errno.ENAMETOOLONG:
+        return None
+    return f"{readable(str(error.filename), LONGEST_WORD)}: no file or folder can have so long a name. Check the path."
 
 
 def readable(text: str, longest: int | None = None) -> str:

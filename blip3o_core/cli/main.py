@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import Blip3oError
+from ..errors import Blip3oError, too_long
 from . import (
     ask,
     bench,
@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `blip3o ... | head`
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        if (message := too_long(error)) is None:
+            raise
+        print(f"blip3o: {message}", file=sys.stderr)
         return 1
     return status or 0
 

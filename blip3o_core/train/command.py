@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import Blip3oError, TrainingError
+from ..errors import Blip3oError, TrainingError, too_long
 
 EXAMPLES = """examples:
   python -m blip3o_core.train lora.toml
@@ -83,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except Blip3oError as error:
         print(f"train: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if (message := too_long(error)) is None:
+            raise
+        print(f"train: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train: stopped at once; the newest checkpoint is kept.", file=sys.stderr)

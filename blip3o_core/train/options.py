@@ -40,6 +40,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: there is no such file. Give a TOML file; --print-config shows one with all keys.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: can't be read as UTF-8 text ({error}).") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: not valid TOML (hundreds of brackets inside each other).") from error
     except toml.TOMLDecodeError as error:
         hint = " Write Windows paths in 'single quotes', or with /." if "\\" in str(error) or "escape" in str(error).lower() else ""
         raise ConfigError(f"{file}: not valid TOML ({error}). Text needs quotes, lists need [ ], true and false are lower-case; a section "
@@ -96,7 +98,7 @@ def _parse_value(text: str) -> Word:
     toml = _toml_module()
     try:
         values = toml.loads(f"value = {text}")
-    except (toml.TOMLDecodeError, ValueError):  # ValueError: a number of thousands of digits
+    except (toml.TOMLDecodeError, ValueError, RecursionError):  # a number of thousands of digits, hundreds of brackets
         return Word(text, text)
     return Word(text, values["value"] if len(values) == 1 else text)
 

@@ -22,6 +22,8 @@ from .run import Opened, open_run
 
 MIB = 2**20
 RELEASED = "not counted: released when cached"
+MEASURED_EXAMPLES = 16
+"""Of a larger micro-batch so many are run; what the others take is added in proportion."""
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "adamw8bit": 2, "prodigy": 16}
 """Per trained parameter: moments, of which muon has one less for hidden matrices; for prodigy two more copies."""
 
@@ -34,8 +36,11 @@ def plan(config: TrainConfig) -> str:
     frozen = FrozenNetworks(opened.sources, device=device, dtype=frozen_dtype(precision))
     model = build_model(config, opened.sources, frozen, opened.sets.tasks, precision=precision)
     model.set_training(True)
-    batch = _first_batch(opened)
+    batch = _first_batch(opened, min(config.train.batch_size, MEASURED_EXAMPLES))
     activations = activation_bytes(model, batch, precision)
+    if further := config.train.batch_size - len(batch):
+        half = len(batch) // 2
+        activations += (activations - activation_bytes(model, batch[:half], precision)) * further // (len(batch) - half)
     sections = [_header(config, opened, device, precision), _data(config, opened), _trained(model),
                 _memory(config, model, frozen, activations), _disk(config, opened, frozen.dtype)]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
@@ -73,10 +78,9 @@ class _MadeStorages(TorchDispatchMode):
         return [(address, size) for address, (reference, size) in self._made.items() if not reference.expired()]
 
 
-def _first_batch(opened: Opened) -> list[Example]:
-    """As many examples as a micro-batch, all tasks in turn. Raises DataError if nothing can be read."""
+def _first_batch(opened: Opened, size: int) -> list[Example]:
+    """`size` examples, all tasks in turn. Raises DataError if nothing can be read."""
     per_set: list[list[Example]] = []
-    size = opened.config.train.batch_size
     for dataset, preparer in zip(opened.sets.datasets, opened.sets.preparers, strict=True):
         own: list[Example] = []
         for position, sample in enumerate(first_samples(dataset)):

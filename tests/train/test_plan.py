@@ -102,6 +102,17 @@ def test_activations_grow_with_the_batch_and_shrink_by_recomputation(material, t
     assert recomputed < 0.3 * four
 
 
+def test_a_large_batch_is_told_from_a_part_of_it(material, train_config, monkeypatch):
+    def measured(batch_size: int) -> float:
+        return number(plan(train_config(material.folder, train={"batch_size": batch_size})), f"activations of {batch_size} samples")
+
+    part = measured(40)
+    monkeypatch.setattr("blip3o_core.train.plan.MEASURED_EXAMPLES", 40)
+    assert part == pytest.approx(measured(40), rel=0.05)
+    monkeypatch.undo()
+    assert measured(1_000_000) > 20_000 * part, "and a million pictures are not read"
+
+
 def test_the_plan_fails_as_the_run_would(own_material, train_config):
     for file in own_material.folder.glob("*.png"):
         file.write_bytes(b"")

@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from blip3o_core import Blip3oPipeline, images
 from blip3o_core.checkpoint.json_files import read_table
 from blip3o_core.checkpoint.shards import open_shards, read_header
+from blip3o_core.cli.main import main
 from blip3o_core.errors import CheckpointError, ConfigError, InputError, readable
 from blip3o_core.images import load_image
 from blip3o_core.lora.files import read_lora
 from blip3o_core.lora.peft_folder import read_peft_folder
 from blip3o_core.models.qwen2_5_vl import text_config, vision_config
 from blip3o_core.pipelines.chat import Chat
+from blip3o_core.train.command import main as train
 from blip3o_core.train.config import load_config
 from blip3o_core.variants.blip3o import Blip3oCheckpoint
 from blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint
@@ -260,3 +262,24 @@ def test_a_vocabulary_that_would_end_the_process(checkpoint_copy, token_id):
 def test_a_number_of_thousands_of_digits_as_an_option():
     with pytest.raises(ConfigError, match="train.steps"):
         load_config(None, ["train.steps=" + "9" * 5000])
+
+
+def test_brackets_without_end_in_a_training_file_or_option(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("a = " + "[" * 5000, "utf-8")
+    with pytest.raises(ConfigError, match="hundreds of brackets inside each other"):
+        load_config(file)
+    with pytest.raises(ConfigError, match="train.steps"):
+        load_config(None, ["train.steps=" + "[" * 5000])
+
+
+@pytest.mark.parametrize("arguments", [["generate", "a cat", "--model"], ["ask", "What?", "--image"], ["inspect"]])
+def test_a_name_that_no_file_can_have(arguments, capsys):
+    assert main([*arguments, "n" * 5000]) == 1
+    told = capsys.readouterr().err
+    assert len(told) < 1500 and "Traceback" not in told, told
+
+
+def test_a_name_that_no_file_can_have_in_a_training_run(tiny_checkpoint, capsys):
+    assert train([f"model.path={tiny_checkpoint}", "data.0.path=" + "n" * 5000, "output.folder=out", "--dry-run"]) == 1
+    assert "no file or folder can have so long a name" in capsys.readouterr().err
