@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from blip3o_core import Blip3oPipeline, images
 from blip3o_core.checkpoint.json_files import read_table
 from blip3o_core.checkpoint.shards import open_shards, read_header
 from blip3o_core.cli.main import main
-from blip3o_core.errors import CheckpointError, ConfigError, InputError, readable
+from blip3o_core.errors import CheckpointError, ConfigError, InputError, TrainingError, readable
 from blip3o_core.images import load_image
 from blip3o_core.lora.files import read_lora
 from blip3o_core.lora.peft_folder import read_peft_folder
@@ -26,7 +27,9 @@ from blip3o_core.models.qwen2_5_vl import text_config, vision_config
 from blip3o_core.pipelines.chat import Chat
 from blip3o_core.train.command import main as train
 from blip3o_core.train.config import load_config
+from blip3o_core.train.state import OPTIMIZER, load_optimizer
 from blip3o_core.variants.blip3o import Blip3oCheckpoint
+from blip3o_core.variants.eva_clip import EvaClipCheckpoint
 from blip3o_core.variants.sana_decoder import SanaDecoderCheckpoint
 from blip3o_core.variants.sdxl_decoder import SdxlDecoderCheckpoint
 
@@ -283,3 +286,18 @@ def test_a_name_that_no_file_can_have(arguments, capsys):
 def test_a_name_that_no_file_can_have_in_a_training_run(tiny_checkpoint, capsys):
     assert train([f"model.path={tiny_checkpoint}", "data.0.path=" + "n" * 5000, "output.folder=out", "--dry-run"]) == 1
     assert "no file or folder can have so long a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("instructions", [b"}r\x00\x00", b"}J\x00", b"X\xff\xff\xff\x7f", b"}h\x07.", b"0."])
+def test_a_pickle_that_ends_in_the_middle_of_an_instruction(tmp_path, instructions):
+    file = tmp_path / OPTIMIZER
+    torch.save({"pos_embed": torch.zeros(2)}, file)
+    with zipfile.ZipFile(file) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(file, "w") as damaged:
+        for name, content in parts.items():
+            damaged.writestr(name, b"\x80\x02" + instructions if name.endswith("data.pkl") else content)
+    with pytest.raises(TrainingError, match="damaged"):
+        load_optimizer(tmp_path)
+    with pytest.raises(CheckpointError, match="damaged or cut off|refused"):
+        EvaClipCheckpoint.open(file.rename(tmp_path / "pytorch_model.bin"))
