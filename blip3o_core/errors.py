@@ -44,7 +44,7 @@ class DownloadError(Blip3oError):
     """A file can't be had from the hub, or is not what the hub says it is; what was received before is kept."""
 
 
-def too_long(error: OSError) -> str | None:
+def name_too_long(error: OSError) -> str | None:
     """What to say of a name that no file system takes, which every look at a file may raise; None for another error."""
     if error.errno != errno.ENAMETOOLONG:
         return None

@@ -155,7 +155,8 @@ def save_derived(
         for name, changes in (config_changes or {}).items():
             config = json.loads((folder / name).read_text("utf-8")) if (folder / name).exists() else {}
             (folder / name).unlink(missing_ok=True)  # a link: writing into it would change the source
-            _write_json(folder / name, {key: value for key, value in {**config, **changes}.items() if changes.get(key, "kept") is not None})
+            taken_out = {key for key, value in changes.items() if value is None}
+            _write_json(folder / name, {key: value for key, value in {**config, **changes}.items() if key not in taken_out})
 
 
 def _link_shards(kept: Mapping[str, TensorEntry], folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import Blip3oError, too_long
+from ..errors import Blip3oError, name_too_long
 from . import (
     ask,
     bench,
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        if (message := too_long(error)) is None:
+        if (message := name_too_long(error)) is None:
             raise
         print(f"blip3o: {message}", file=sys.stderr)
         return 1

@@ -46,7 +46,7 @@ class EvaClipConfig:
                                   "with pooling beside the weights.")
 
     @property
-    def unreadable(self) -> dict[str, float]:
+    def untold(self) -> dict[str, float]:
         """What the tensors don't tell, to be stored beside them; empty for the published tower."""
         own = {field: getattr(self, field) for field in ("head_width", "layer_norm_eps", "pooling")}
         return {} if all(value == getattr(EvaClipConfig, field) for field, value in own.items()) else own

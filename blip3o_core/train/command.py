@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import Blip3oError, TrainingError, too_long
+from ..errors import Blip3oError, TrainingError, name_too_long
 
 EXAMPLES = """examples:
   python -m blip3o_core.train lora.toml
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if (message := too_long(error)) is None:
+        if (message := name_too_long(error)) is None:
             raise
         print(f"train: {message}", file=sys.stderr)
         return 1

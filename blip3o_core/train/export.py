@@ -11,13 +11,13 @@ from ..checkpoint.save import save_derived
 from ..checkpoint.shards import open_shards, read_tensor
 from ..lora.apply import for_host
 from ..lora.files import LoraFile, lora_metadata, write_lora
+from ..variants.blip3o import published_name
 from .adapters import read_adapters
 from .config import TrainConfig, as_dict
 from .frozen import Sources
 from .model import TrainingModel
 
 MODEL_FOLDER = "model"
-EVA_PREFIX = "model.gen_vision_tower.vision_tower.model."
 
 
 def export_lora(
@@ -83,8 +83,8 @@ def export_model(folder: Path, config: TrainConfig, sources: Sources, model: Tra
     if "clip" in config.train.parts:
         encoder = sources.require_vision_encoder()
         for name, entry in encoder.entries.items():
-            tensors[EVA_PREFIX + name] = values[f"vision_encoder.{name}"].detach().to(entry.dtype)
-        changes["config.json"] = {"gen_vision_config": encoder.config.unreadable or None}
+            tensors[published_name("vision_encoder", name)] = values[f"vision_encoder.{name}"].detach().to(entry.dtype)
+        changes["config.json"] = {"gen_vision_config": encoder.config.untold or None}
     decoder_tensors = {}
     for part in ("unet", "vae"):
         own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}

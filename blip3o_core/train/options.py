@@ -41,7 +41,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: can't be read as UTF-8 text ({error}).") from error
     except RecursionError as error:
-        raise ConfigError(f"{file}: not valid TOML (hundreds of brackets inside each other).") from error
+        raise ConfigError(f"{file}: not valid TOML (hundreds of brackets inside each other). Close them, or take them out.") from error
     except toml.TOMLDecodeError as error:
         hint = " Write Windows paths in 'single quotes', or with /." if "\\" in str(error) or "escape" in str(error).lower() else ""
         raise ConfigError(f"{file}: not valid TOML ({error}). Text needs quotes, lists need [ ], true and false are lower-case; a section "

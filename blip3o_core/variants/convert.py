@@ -7,9 +7,6 @@ models/blip3o/NAME/                                queries and diffusion transfo
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,30 +15,13 @@ from torch import Tensor
 from ..checkpoint.save import Deferred, OnWrite, Tensors, save_derived, write_safetensors
 from ..checkpoint.shards import TensorEntry, read_tensor
 from ..errors import CheckpointError, InputError, OutputError
-from ..files import remove_stale_files, whole_file
+from ..files import remove_stale_files, require_writable, whole_file
 from . import split
 from .blip3o import SKIPPED, Blip3oCheckpoint, published_name
 from .eva_clip import SETTINGS, EvaClipCheckpoint
 
 QWEN_ROWS = {2048: 151_936, 3584: 152_064}
 """Width -> rows of the embedding matrix of Qwen2.5-VL-Instruct 3B and 7B. They are more than it has tokens, and other readers want all."""
-
-
-@dataclass(frozen=True)
-class ComfyPlaces:
-    """Where the parts of a model go."""
-
-    text_encoder: Path
-    clip_vision: Path
-    folder: Path
-
-    @classmethod
-    def of(cls, models: Path, name: str) -> "ComfyPlaces":
-        """Raises InputError for a name that is no plain name of a file."""
-        if not re.fullmatch(r"\w[\w .+-]*", name) or name != name.rstrip(". "):
-            raise InputError(f"{name!r} is no name for files and folders: letters, digits and . _ + - only. Give another with --name.")
-        return cls(models / "text_encoders" / f"{name}_qwen2.5_vl.safetensors", models / "clip_vision" / f"{name}_eva_clip.safetensors",
-                   models / "blip3o" / name)  # fmt: skip
 
 
 def write_comfyui(
@@ -59,30 +39,36 @@ def write_comfyui(
     if checkpoint.qwen is not None:
         raise InputError(f"{checkpoint.folder}: a split has these parts already. Put it into models/blip3o, the file of its language model "
                          "into models/text_encoders.")
-    if checkpoint.is_quantised:
-        raise InputError(f"{checkpoint.folder} is quantised. Give the model that it was made from.")
+    split.require_original_precision(checkpoint.folder, checkpoint.components)
     if not checkpoint.components["vision_tower"]:
         raise CheckpointError(f"{checkpoint.folder}: the shards hold no vision tower (visual.*), without which Qwen2.5-VL is not complete. "
                               "Download the complete BLIP3-o repository.")
     if not models.is_dir():
         raise OutputError(f"{models}: there is no such folder. Give ComfyUI's folder of models.")
-    places = ComfyPlaces.of(models, name)
+    if not re.fullmatch(r"\w[\w .+-]*", name) or name != name.rstrip(". "):
+        raise InputError(f"{name!r} is no name for files and folders: letters, digits, spaces and . _ + - only. Give another with --name.")
     tower = checkpoint.components["vision_encoder"]
-    wanted = [places.text_encoder, *([places.clip_vision] if tower else []), places.folder]
-    if places.folder.resolve() == checkpoint.folder.resolve():
-        raise InputError(f"{places.folder} is the model itself. Give the parts another name with --name.")
+    text_encoder = models / "text_encoders" / f"{name}_qwen2.5_vl.safetensors"
+    clip_vision = models / "clip_vision" / f"{name}_eva_clip.safetensors"
+    folder = models / "blip3o" / name
+    wanted = [text_encoder, *([clip_vision] if tower else []), folder]
+    if folder.resolve() == checkpoint.folder.resolve():
+        raise InputError(f"{folder} is the model itself. Give the parts another name with --name.")
     taken = [place for place in wanted if place.exists()]
     if taken and not overwrite:
         raise OutputError(f"{taken[0]} exists. Give another name with --name, or --overwrite to replace what is there.")
-    with _new_file(places.text_encoder) as temporary:
-        write_safetensors(temporary, _qwen_tensors(checkpoint), {"format": "pt"}, _as(places.text_encoder, on_write))
+    parents = [place.parent for place in wanted]
+    require_writable(parents, models)
+    remove_stale_files(parents)  # gigabytes, if a conversion was killed
+    with whole_file(text_encoder) as temporary:
+        write_safetensors(temporary, _qwen_tensors(checkpoint), {"format": "pt"}, _told_as(text_encoder, on_write))
     if tower:
-        settings = checkpoint.vision_encoder_source().config.unreadable
+        settings = checkpoint.vision_encoder_source().config.untold
         metadata = {"format": "pt", **({SETTINGS: json.dumps(settings)} if settings else {})}
-        with _new_file(places.clip_vision) as temporary:
-            tensors = {name: Deferred.stored(entry) for name, entry in tower.items()}
-            write_safetensors(temporary, tensors, metadata, _as(places.clip_vision, on_write))
-    split.write_split(checkpoint.folder, checkpoint.config, checkpoint.components, places.folder, decoder=decoder,
+        tensors = {key: Deferred.stored(entry) for key, entry in tower.items()}
+        with whole_file(clip_vision) as temporary:
+            write_safetensors(temporary, tensors, metadata, _told_as(clip_vision, on_write))
+    split.write_split(checkpoint.folder, checkpoint.config, checkpoint.components, folder, decoder=decoder,
                       rows_from=checkpoint.tokenizer.image_start_id, overwrite=overwrite, on_write=on_write)  # fmt: skip
     return wanted
 
@@ -108,7 +94,7 @@ def write_folder(
     if vision_encoder is not None:
         tower = vision_encoder.load(dtype=None)  # mapped, not read
         tensors |= {published_name("vision_encoder", name): value for name, value in tower.state_dict().items()}
-        changes["gen_vision_config"] = vision_encoder.config.unreadable or None
+        changes["gen_vision_config"] = vision_encoder.config.untold or None
     save_derived(checkpoint.folder, output, tensors, {}, decoder=decoder, config_changes={"config.json": changes}, overwrite=overwrite,
                  on_write=on_write)  # fmt: skip
 
@@ -133,18 +119,6 @@ def _qwen_tensors(checkpoint: Blip3oCheckpoint) -> Tensors:
     return tensors
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A file that appears whole, in a folder that is made if need be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path.parent}: can't be made ({error.strerror or error}). Give another folder.") from error
-    remove_stale_files([path.parent])  # gigabytes, if a conversion was killed
-    with whole_file(path) as temporary:
-        yield temporary
-
-
-def _as(path: Path, on_write: OnWrite | None) -> OnWrite | None:
+def _told_as(path: Path, on_write: OnWrite | None) -> OnWrite | None:
     """Tells the name that a file will have, not its temporary one."""
     return None if on_write is None else lambda _, done, total: on_write(path.name, done, total)

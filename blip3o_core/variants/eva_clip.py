@@ -55,7 +55,7 @@ class EvaClipCheckpoint:
         overrides = _read_overrides(file.parent / "config.json")
         if file.suffix not in PICKLE_SUFFIXES:
             names = _tower_names(found, file)
-            if file.is_file():
+            if file.is_file():  # and no name for the shards of an index
                 overrides = {**overrides, **_stored_settings(file)}
             return cls.from_entries({name: found[original] for name, original in names.items()}, file, overrides=overrides)
         entries = {name: TensorEntry(original, file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)

@@ -31,6 +31,12 @@ def language_fingerprint(components: Components) -> str:
     return tensors_fingerprint({name: entry for name, entry in components["language_model"].items() if name != EMBEDDING})
 
 
+def require_original_precision(source: Path, components: Components) -> None:
+    """Raises InputError for a model in 8 or 4 bits, whose language model is no Qwen2.5-VL-Instruct any more."""
+    if any(name.endswith(f".{SCALE}") for name in components["language_model"]):
+        raise InputError(f"{source} is quantised. Give the model that it was made from.")
+
+
 def write_split(
     source: Path, config: Mapping[str, Any], components: Components, output: Path, *, rows_from: int, decoder: Path | None = None,
     overwrite: bool = False, on_write: OnWrite | None = None,
@@ -40,8 +46,7 @@ def write_split(
     rows_from: the first token that Qwen2.5-VL doesn't have. decoder: folder that becomes diffusion-decoder/, by hard links.
     Raises OutputError if `output` exists or can't be written, InputError for a model in 8 or 4 bits, which fits no Qwen2.5-VL.
     """
-    if any(name.endswith(f".{SCALE}") for name in components["language_model"]):
-        raise InputError(f"{source} is quantised. Give the model that it was made from.")
+    require_original_precision(source, components)
     embedding = components["language_model"][EMBEDDING]
     kept = {entry.name: entry for part in PARTS for entry in components[part].values()}
     kept[EMBED_ROWS] = embedding.rows(rows_from, embedding.shape[0])
